@@ -53,7 +53,7 @@ def goods(folder: Path) -> None:
 def photos(folder: Path) -> None:
     (folder / "photos").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    source, items = open_source("demo:studio/train"), []
+    source, items = open_source(f"demo:studio/train?pictures={ITEMS + TEST}"), []
     for number in range(ITEMS + TEST):
         record = source[number]
         (folder / f"photos/{number:04}.jpg").write_bytes(record["image"])

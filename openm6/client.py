@@ -37,6 +37,8 @@ _log = logging.getLogger(__name__)
 
 RETRIED = {502, 504} | {kind.status for kind in ErrorKind if kind.retry_after is not None}
 """HTTP statuses after which a request is sent again; 502 and 504 are those of a proxy whose server is restarting."""
+FIRST_WAIT = 0.25
+"""Seconds from a failed request to the first retry, at most; each further retry waits twice as long."""
 LONGEST_WAIT = 30.0
 """Maximum number of seconds between two tries."""
 
@@ -166,7 +168,7 @@ class _Requests(Generic[AnswerT, CandidatesT, ListT]):
         wanted = float(retry_after) if retry_after.replace(".", "", 1).isdigit() else 0.0
         if tried >= self.retries or wanted > LONGEST_WAIT:
             return None
-        return max(wanted, min(LONGEST_WAIT, 0.25 * 2**tried) * random.uniform(0.5, 1))
+        return max(wanted, min(LONGEST_WAIT, FIRST_WAIT * 2**tried) * random.uniform(0.5, 1))
 
     def _unreachable(self, error: Exception) -> ServerError:
         return ServerError(f"{self.url} cannot be reached ({type(error).__name__}): is `openm6 serve` running there?")

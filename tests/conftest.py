@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from openm6.core.environment import CACHE
 from openm6.core.images import ImageGrid
 from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Picture, Sequence
 from openm6.core.tokenizer import Tokenizer
@@ -32,6 +35,13 @@ VOCABULARY = 97
 # No test depends on time: a busy machine must not fail one.
 hypothesis.settings.register_profile("openm6", deadline=None)
 hypothesis.settings.load_profile("openm6")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Generated data is drawn once for all tests: the processes of the tests share a cache."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ[CACHE] = tempfile.mkdtemp(prefix="openm6-cache-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ[CACHE], ignore_errors=True))
 
 
 @pytest.fixture(autouse=True)

@@ -159,6 +159,7 @@ def asking(request: pytest.FixtureRequest) -> Iterator[Callable[..., Asking]]:
 Make = Callable[..., Asking]
 
 
+@pytest.mark.slow
 def test_answers_are_as_a_local_model_gives_them(scripted: Scripted, asking: Make, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())
     m6 = asking(scripted.url, "m6-secret", model="m6")
@@ -190,7 +191,10 @@ def test_examples_and_options_are_sent(scripted: Scripted, asking: Make) -> None
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
-def test_what_is_refused_is_asked_again(status: int, scripted: Scripted, asking: Make) -> None:
+def test_what_is_refused_is_asked_again(
+    status: int, scripted: Scripted, asking: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openm6.client.FIRST_WAIT", 0.01)
     scripted.refusals, scripted.status = 2, status
     m6 = asking(scripted.url, retries=3)
     assert m6.run("both", text="x") == {"a": "一", "b": "二"}
@@ -202,6 +206,7 @@ def test_what_is_refused_is_asked_again(status: int, scripted: Scripted, asking:
     assert len(scripted.seen) == 3 + 3 + 2
 
 
+@pytest.mark.slow
 def test_retry_after_is_waited_for(scripted: Scripted, asking: Make) -> None:
     scripted.refusals, scripted.patience, started = 1, "1.2", time.monotonic()
     assert asking(scripted.url).run("both", text="x") == {"a": "一", "b": "二"}

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 import openm6
-from openm6.core.environment import CACHE, HOME
+from openm6.core.environment import HOME
 from openm6.inference.session import Session
 from openm6.tasks.library import get as get_task
 from tests.conftest import command, drawing_session
@@ -76,8 +76,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def room(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the pages speak of: models by their names, and a few records."""
     monkeypatch.chdir(tmp_path)
-    for name in (HOME, CACHE):
-        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv(HOME, str(tmp_path / "home"))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("M6_KEY", "m6-key")
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
@@ -289,6 +288,7 @@ AFTER_ITS_COMMANDS = ("edge", "finetuning", "serving")
 """Pages whose Python examples need what their commands made: they are run with them, below."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES if page != CHINESE and blocks(page, "python") and page.stem not in AFTER_ITS_COMMANDS],
@@ -338,6 +338,7 @@ def test_what_is_left_out_or_prepared_is_on_a_page() -> None:
 CONSOLES = [page for page in PAGES if blocks(page, "console")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", CONSOLES, ids=page_id)
 def test_messages_are_those_that_commands_print(page: Path, room: Path) -> None:
     """`RENEW_DOCS=1` writes them into the page in the place of the comparison."""
@@ -384,6 +385,7 @@ def test_every_example_is_run_or_says_why_not() -> None:
             assert "Not run by the tests: " in path.read_text("utf-8"), name
 
 
+@pytest.mark.slow
 def test_the_shop_s_files_are_written(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples/shop.py"), str(tmp_path)], capture_output=True, text=True, cwd=ROOT

@@ -15,6 +15,7 @@ from typing import Any
 import openm6
 from openm6.hub.deployments import Deployments
 from openm6.hub.jobs import Jobs
+from openm6.train.recipe import load_recipe
 from tests.conftest import command
 from tests.processes import free_port
 from tests.tasks.conftest import picture
@@ -139,10 +140,12 @@ class Walk:
 def _quicker(given: list[str]) -> list[str]:
     """What a command is given besides, so that it takes seconds."""
     match given:
-        case ["train", "codec_64" | "codec_256", *_]:
-            return [word for word in SMALL if "accumulate" not in word and "row_length" not in word]
+        case ["train", "codec_64" | "codec_256" as recipe, *_]:
+            return [word for word in SMALL if "accumulate" not in word and "row_length" not in word] + _few(recipe)
         case ["train", "few_samples" | "quality.yaml", *_]:
             return SMALL
+        case ["train", "judge", *_]:
+            return [*SMALL, *TINY, *_few("judge")]
         case ["plan", "codec_256", *_]:
             return ["train.batch_size=1"]
         case ["train", "examples/search.yaml", *_]:
@@ -164,3 +167,14 @@ def _quicker(given: list[str]) -> list[str]:
         case ["compress", *_] | ["cascade", "learn", *_]:
             return ["--steps", "2"]
     return []
+
+
+def _few(recipe: str) -> list[str]:
+    """Fewer of the pictures that a recipe of the package draws."""
+    sections = {"data": load_recipe(recipe).data, "evaluation.data": load_recipe(recipe).evaluation.data}
+    return [
+        f"{name}.{number}.source={section.source}?pictures=200"
+        for name, every in sections.items()
+        for number, section in enumerate(every)
+        if section.source.startswith(("demo:", "scenes/"))
+    ]

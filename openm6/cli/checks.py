@@ -108,9 +108,11 @@ def check_parts(recipe: AnyRecipe) -> None:
     else:
         if recipe.codec.path:
             require_model(recipe.codec.path)
-        if recipe.codec.eyes:
-            read_card(recipe.codec.eyes)
-    for section in [*recipe.data, *recipe.evaluation.data]:
-        check_source(section.source)
+        if recipe.codec.perceptual_model:
+            read_card(recipe.codec.perceptual_model)
+    sections = [*recipe.data, *recipe.evaluation.data]
+    for section in sections:
         for task in filter(None, (getattr(section, "task", None), getattr(section, "against", None))):
             find_task(model, task)
+    for section in sections:  # last: generated data is drawn when it is opened first, for up to a minute
+        check_source(section.source)

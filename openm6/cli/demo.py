@@ -83,7 +83,7 @@ def demo_images(
 
     base = trained("demo", start)
     judge = trained("judge", output / "judge", seed=seed + 1000)
-    codec = trained("codec_64", output / "codec", f"codec.eyes={base}")
+    codec = trained("codec_64", output / "codec", f"codec.perceptual_model={base}")
     painter = trained("demo_images", output / "drawing", f"model.path={base}", f"model.codec={codec}")
     own = timed("own pictures", lambda: draw_own(painter, "demo:studio/train", output / "own"))
     model = trained("demo_images_estimates", output, f"model.path={painter}", f"data.0.source={own}")

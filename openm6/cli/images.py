@@ -221,9 +221,9 @@ def measure(
     json: options.Json = False,
 ) -> None:
     """Evaluate generated pictures by a judge model, beside real and reconstructed ones."""
-    place, of_judge = check_inputs(model, [task], [data]), check_inputs(judge, [judge_task])
     if grid:
         check_output(grid, PICTURES)
+    of_judge, place = check_inputs(judge, [judge_task]), check_inputs(model, [task], [data])
     decoding = decoding_options(option)
 
     from openm6.evaluate.pictures import Judge, draw_sheet, measure_drawing, read_prompts

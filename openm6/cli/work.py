@@ -54,8 +54,8 @@ def run_recipe(recipe: AnyRecipe, processes: int) -> None:
     """Train in this process or, with several `processes`, in child processes."""
     from openm6.train.launch import default_processes, launch
 
-    check_parts(recipe)
     require_writable(recipe.output)
+    check_parts(recipe)
     processes = processes or default_processes()
     if processes == 1 or "WORLD_SIZE" in os.environ:
         from openm6.train.trainer import train as run

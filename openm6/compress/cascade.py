@@ -32,7 +32,7 @@ from openm6.data.source import Source, open_source
 from openm6.data.store import ListRecords, Record, iterate
 from openm6.edge.answer_store import is_empty, is_held_out
 from openm6.edge.calibration import ConfidenceCalibrator, agreement
-from openm6.edge.device import EYES, FEATURES, FILE, NOTHING, VERSIONS, EdgeDevice, Settings, settings_toml
+from openm6.edge.device import FEATURES, FILE, IMAGE_ENCODER, NOTHING, VERSIONS, EdgeDevice, Settings, settings_toml
 from openm6.edge.opening import open_answer_store
 from openm6.edge.package import export, export_image_encoder, write_program
 from openm6.edge.runner import EdgeModel, about_of
@@ -71,7 +71,7 @@ def create_device(
         shutil.copytree(model, first / "model")
         export(model, first / "package", bits)
         if cloud_model is not None:
-            export_image_encoder(cloud_model, folder / EYES)
+            export_image_encoder(cloud_model, folder / IMAGE_ENCODER)
         write_program(folder / "openm6-edge")
         (folder / FILE).write_text(settings_toml(settings), "utf-8")
         (folder / "current").write_text("0001\n", "utf-8")
@@ -165,7 +165,10 @@ class _Answers(NamedTuple):
 
 def _stored_answers(device: EdgeDevice, task: str, until: int | None) -> _Answers:
     chosen = _task(device, task)
-    eyes, view = image_encoder_id(device.folder() / "model"), SlotView(chosen, {name: name for name in chosen.inputs})
+    encoder, view = (
+        image_encoder_id(device.folder() / "model"),
+        SlotView(chosen, {name: name for name in chosen.inputs}),
+    )
     calibration: set[bytes] = set()  # digests of the inputs
     if entry := _calibrations(device.folder()).get(task):
         source = _sample(entry)
@@ -177,7 +180,8 @@ def _stored_answers(device: EdgeDevice, task: str, until: int | None) -> _Answer
         for row in kept.rows(task, until):
             record, held_out = row["record"], is_held_out(row)
             values = (row["value"] or {}) if len(chosen.outputs) > 1 else {chosen.outputs[0]: row["value"]}
-            if any(isinstance(v, Mapping) and "features" in v and v.get("eyes") != eyes for v in record.values()):
+            pictures = [v for v in record.values() if isinstance(v, Mapping) and "features" in v]
+            if any(picture.get("image_encoder") != encoder for picture in pictures):
                 skipped["of another image encoder"] += 1
             elif any((value := values.get(name)) is None or is_empty(value) for name in chosen.outputs):
                 skipped["without an answer"] += 1

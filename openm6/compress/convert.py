@@ -41,7 +41,8 @@ def import_model(path: Path, output: Path, image_embedder: str, num_codes: int, 
     torch.manual_seed(0)
     model = import_qwen3(path, vocab_size=tokenizer.vocab_size, **changes)
     grid = ImageGrid(model.config.image_stride, model.config.image_max_patches)
-    session = Session(model, Processor(tokenizer, grid, max_length, taught=frozenset(range(tokenizer.first_new_id))))
+    known = frozenset(range(tokenizer.first_new_id))
+    session = Session(model, Processor(tokenizer, grid, max_length, seen_tokens=known))
     write_whole(output, session.save)
     return session
 

@@ -17,7 +17,7 @@ from openm6.inference.edit import MARKED, Cut
 from openm6.serve.incoming import cut_for
 
 LOOK = "() => document.getElementById('answer')?.scrollIntoView({block: 'nearest', behavior: 'smooth'})"
-"""Script that scrolls to the answer, which may be below the screen on a phone."""
+"""Script that scrolls to the answer, which may be below the screen on a phone, when it begins and when it ends."""
 
 
 def page(ui: PageContext) -> None:
@@ -56,6 +56,7 @@ def page(ui: PageContext) -> None:
         events = [run.click, *asking.enters]
         gr.on(events, None, None, None, js=LOOK, api_visibility="private")
         asked = gr.on(events, ask, asking.inputs, places, api_visibility="private", show_progress="minimal")
+        asked.then(None, None, None, js=LOOK, api_visibility="private")  # the whole answer, which has grown
         stop.click(None, cancels=[asked], api_visibility="private")
         fill.click(asking.example, None, asking.fields, api_visibility="private")
         if asking.draws and list(asking.slots.values()) == ["text"]:
@@ -83,13 +84,13 @@ def fill_choices(ui: PageContext, who: gr.Dropdown, task: gr.Dropdown) -> None:
         found = ui.choices()
         return gr.Dropdown(choices=found, value=found[0][1] if found else None)
 
-    async def tasks(model: str | None, before: str | None, untaught: bool) -> Any:
-        taught, others = (ui.tasks(model, trained) for trained in (True, False)) if model else ([], [])
-        marked = [(f"{title} ({ui.say('not trained')})", name) for title, name in others] if taught else others
-        found = [*taught, *(marked if untaught or not taught else [])]
+    async def tasks(model: str | None, before: str | None, untrained: bool) -> Any:
+        known, others = (ui.tasks(model, trained) for trained in (True, False)) if model else ([], [])
+        marked = [(f"{title} ({ui.say('not trained')})", name) for title, name in others] if known else others
+        found = [*known, *(marked if untrained or not known else [])]
         names = [name for _, name in found]
         value = before if before in names else names[0] if names else None
-        return gr.Dropdown(choices=found, value=value), gr.Checkbox(visible=bool(taught and others))
+        return gr.Dropdown(choices=found, value=value), gr.Checkbox(visible=bool(known and others))
 
     ui.on(None, models, outputs=[who])
     ui.on([who.change, every.change], tasks, [who, task, every], [task, every], show_progress="hidden")

@@ -121,10 +121,10 @@ def _live(ui: PageContext) -> str:
         worker = deployment.worker
         if worker is None:
             continue
-        taught = [title for title, _ in ui.tasks(name, True)]
-        what = ui.say("trained tasks: {count}", count=len(taught)) if taught else ui.say("not trained on any task")
+        trained = [title for title, _ in ui.tasks(name, True)]
+        what = ui.say("trained tasks: {count}", count=len(trained)) if trained else ui.say("not trained on any task")
         open_now = ui.say("requests now: {count}", count=deployment.open_requests)
-        named = html.escape(("、" if ui.language == "zh" else ", ").join(taught), quote=True)
+        named = html.escape(("、" if ui.language == "zh" else ", ").join(trained), quote=True)
         state = "on" if worker.alive else "off"
         shown.append(
             f'<li class="{state}"><b>{html.escape(name)}</b> <span title="{named}">{what}</span> · {open_now}</li>'

@@ -282,7 +282,7 @@ def png(image: Image.Image) -> bytes:
 class Features:
     """Image features in the place of a picture: features of its patches, row by row, fp16.
 
-    Only a model with the image encoder of this id (model/files.py) reads them; a mapping calls it `eyes`."""
+    Only a model with the image encoder of this id (model/files.py) reads them; a mapping calls it `image_encoder`."""
 
     data: bytes
     rows: int
@@ -308,13 +308,15 @@ class Features:
             raise DataError("has features without their rows and columns, whole numbers.")
         if not data or len(data) % (2 * rows * columns):
             raise DataError("has features that do not fit their rows and columns: fp16, patch by patch.")
-        found = cls(data, rows, columns, str(value.get("eyes", "")))
+        found = cls(data, rows, columns, str(value.get("image_encoder", "")))
         if not np.isfinite(found.array()).all():
             raise DataError("has features that are no numbers.")
         return found
 
     def mapping(self) -> dict[str, Any]:
-        return {"features": self.data, "rows": self.rows, "columns": self.columns, "eyes": self.image_encoder_id}
+        return {
+            "features": self.data, "rows": self.rows, "columns": self.columns, "image_encoder": self.image_encoder_id,
+        }  # fmt: skip
 
     def array(self) -> np.ndarray:
         """The features as fp32 [rows, columns, D]."""

@@ -56,13 +56,13 @@ REASONS = {
     "busy": Reason("the cloud has too much to do", CLOUD),
     "error": Reason("the cloud answered with an error", CLOUD),
     "unknown_task": Reason("the cloud does not know the task", TASK),
-    "other_eyes": Reason("the cloud's model has another image encoder", TASK),
+    "other_image_encoder": Reason("the cloud's model has another image encoder", TASK),
     "unexpected": Reason("the cloud's answer is not of the expected form", TASK),
 }
 """By kind; counts and pauses depend on the kind."""
 
 _BY_CODE = {
-    "other_eyes": "other_eyes", "task_not_found": "unknown_task", "model_not_found": "unknown_task",
+    "other_image_encoder": "other_image_encoder", "task_not_found": "unknown_task", "model_not_found": "unknown_task",
     ContextLengthError.code: "too_long",
 }  # fmt: skip
 _BY_STATUS = {413: "too_long", 401: "key", 403: "key", 408: "late", 504: "late", 429: "busy", 503: "busy"}

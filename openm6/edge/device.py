@@ -4,7 +4,7 @@ edge.toml               settings, written once, to be edited; a change takes eff
 versions/0001/package   the ONNX bundle that answers (package.py), and calibration-TASK.npz of each calibrated task
 versions/0001/model     the model it was exported from, to learn on; not needed by a device that only answers
 current                 the number of the version that answers; replaced atomically
-eyes/                   the image encoder of the cloud's model, to send features in place of pictures
+image_encoder/          the image encoder of the cloud's model, to send features in place of pictures
 kept.sqlite             the answer store (answer_store.py)
 serving.json, edge.log  the state of the serving process (status.py), and its log
 openm6-edge             the program: `python openm6-edge serve`
@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from openm6.core.errors import OpenM6Error, UsageError, cut, suggest
 from openm6.core.files import write_text
 
-FILE, CURRENT, VERSIONS, EYES = "edge.toml", "current", "versions", "eyes"
+FILE, CURRENT, VERSIONS, IMAGE_ENCODER = "edge.toml", "current", "versions", "image_encoder"
 
 ALL, FEATURES, NOTHING = "all", "features", "nothing"
 MODES = (ALL, FEATURES, NOTHING)

@@ -16,7 +16,7 @@ from threading import RLock
 from openm6.core.errors import OpenM6Error, UsageError
 from openm6.edge.answer_store import AnswerStore
 from openm6.edge.cloud import Cloud, CloudError
-from openm6.edge.device import EYES, FEATURES, FILE, EdgeDevice, Settings, parse_settings, read_content
+from openm6.edge.device import FEATURES, FILE, IMAGE_ENCODER, EdgeDevice, Settings, parse_settings, read_content
 from openm6.edge.opening import open_store
 from openm6.edge.runner import ImageEncoder
 
@@ -118,5 +118,5 @@ class LiveSettings:
     def _image_encoder(self, settings: Settings, opened: ImageEncoder | None) -> ImageEncoder | None:
         if settings.privacy != FEATURES:
             return None
-        path = self._path / EYES
+        path = self._path / IMAGE_ENCODER
         return opened or (ImageEncoder(path, self._threads) if path.is_dir() else None)

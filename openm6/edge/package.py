@@ -142,13 +142,13 @@ def export_image_encoder(path: Path, output: Path) -> dict[str, Any]:
         raise UsageError(f"{path} reads no pictures.")
     config = model.config
     about: dict[str, Any] = {
-        "eyes": image_encoder_id(path), "stride": config.image_stride, "max_patches": config.image_max_patches,
+        "image_encoder": image_encoder_id(path), "stride": config.image_stride, "max_patches": config.image_max_patches,
         "width": config.hidden_size,
     }  # fmt: skip
 
     def write(folder: Path) -> None:
         _write_image_encoder(model, folder)
-        _write_about(folder, "eyes.json", about)
+        _write_about(folder, "image_encoder.json", about)
 
     write_whole(output, write)
     return about
@@ -177,7 +177,7 @@ def _describe(session: Session, path: Path, bits: int | None) -> dict[str, Any]:
         "key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim, "width": config.hidden_size,
         "positions": config.max_position_embeddings if config.positions == "learned" else None,
         "stride": config.image_stride, "max_patches": config.image_max_patches,
-        "pictures": config.image_embedder != "none", "eyes": image_encoder_id(base_of(path) or path),
+        "pictures": config.image_embedder != "none", "image_encoder": image_encoder_id(base_of(path) or path),
         "heads": list(config.heads or {}),
     }  # fmt: skip
 

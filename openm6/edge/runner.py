@@ -22,8 +22,9 @@ from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 
 KIND = "openm6-edge"
-FORMAT = 2
-"""Version of edge.json and eyes.json. Format 1 had no digests of the files."""
+FORMAT = 3
+"""Version of edge.json and image_encoder.json. Format 1 had no digests of the files; format 2 called the image encoder
+`eyes`."""
 Record = Mapping[str, Any]
 
 
@@ -46,16 +47,16 @@ class Answer:
 
 
 class ImageEncoder:
-    """The image encoder of a model (`picture.onnx`), described in edge.json or eyes.json."""
+    """The image encoder of a model (`picture.onnx`), described in edge.json or image_encoder.json."""
 
     def __init__(self, path: Path, threads: int = 0, about: Mapping[str, Any] | None = None):
-        """`about`: the content of edge.json, for an ONNX bundle whose files have been checked; without it eyes.json is
-        read and its files are checked. Raises OpenM6Error for damaged files."""
+        """`about`: the content of edge.json, for an ONNX bundle whose files have been checked; without it
+        image_encoder.json is read and its files are checked. Raises OpenM6Error for damaged files."""
         if about is None:
-            about = _about(path, "eyes.json")
+            about = _about(path, "image_encoder.json")
             check_files(path, about)
         self.grid = ImageGrid(about["stride"], about["max_patches"])
-        self.name, self.width = str(about["eyes"]), int(about["width"])
+        self.name, self.width = str(about["image_encoder"]), int(about["width"])
         self._session = _session(path, "picture.onnx", threads)
 
     def read(self, pixels: np.ndarray) -> np.ndarray:
@@ -84,7 +85,7 @@ def about_of(path: Path) -> dict[str, Any]:
 
 
 def digest_of(about: Mapping[str, Any]) -> str:
-    """SHA-256, in hexadecimal, of the content of edge.json or eyes.json without its `sha256`."""
+    """SHA-256, in hexadecimal, of the content of edge.json or image_encoder.json without its `sha256`."""
     content = {name: value for name, value in about.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -26,7 +26,7 @@ from openm6.core.files import write_json
 from openm6.edge.answer_store import STORE, InterruptedWriteError
 from openm6.edge.calibration import ConfidenceCalibrator, calibrations
 from openm6.edge.cloud import CHOSEN, Cloud, CloudError
-from openm6.edge.device import EYES, FEATURES, FILE, NOTHING, EdgeDevice, Settings
+from openm6.edge.device import FEATURES, FILE, IMAGE_ENCODER, NOTHING, EdgeDevice, Settings
 from openm6.edge.opening import check_set_aside, open_answer_store, store_summary
 
 SERVING = "serving.json"
@@ -217,7 +217,8 @@ def _model(device: EdgeDevice, cloud: Cloud, models: Any, tasks: dict[str, tuple
         name = settings.model or next(iter(found), "")
         if name not in found:
             return Finding("model", True, f"the cloud has no model {name!r}; it has: {', '.join(found) or 'none'}.")
-        if settings.privacy == FEATURES and ImageEncoder(device.path / EYES, 1).name != found[name].get("eyes"):
+        encoder = found[name].get("image_encoder")
+        if settings.privacy == FEATURES and ImageEncoder(device.path / IMAGE_ENCODER, 1).name != encoder:
             return Finding("model", True, f"{name} has another image encoder than the features that this device sends.")
         query = f"?{urlencode({'model': name})}" if settings.model else ""
         for task, outputs in tasks.items():

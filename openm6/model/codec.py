@@ -104,12 +104,12 @@ class Codec(Network):
         self.out_of = nn.Conv2d(self.quantizer.dims, width, 1)
         self.decoder = _up(config.patch, config.widths, config.depth)
         self.critic = _critic(config.widths) if config.critic_loss else None
-        self._eyes: tuple[nn.Sequential, ...] = ()  # in a tuple: no part of this network
+        self._perceptual_layers: tuple[nn.Sequential, ...] = ()  # in a tuple: no part of this network
         self.reset_parameters()
 
-    def look_with(self, eyes: nn.Sequential) -> None:
+    def use_perceptual_layers(self, layers: nn.Sequential) -> None:
         """Take the features of the loss from these layers (a `stem`), which are not trained."""
-        self._eyes = (eyes,)
+        self._perceptual_layers = (layers,)
 
     def initial(self, module: nn.Module) -> Iterator[tuple[Tensor, float, float]]:
         if isinstance(module, nn.Conv2d):  # He et al. 2015
@@ -154,7 +154,7 @@ class Codec(Network):
 
     def _features(self, x_B3HW: Tensor) -> Iterator[Tensor]:
         """Features of images after each halving by a frozen encoder, every position scaled to length 1."""
-        for layer in self._eyes[0] if self._eyes else self.encoder:
+        for layer in self._perceptual_layers[0] if self._perceptual_layers else self.encoder:
             x_B3HW = _held(layer, x_B3HW)
             if isinstance(layer, Residual):
                 yield F.normalize(x_B3HW.float(), dim=1)

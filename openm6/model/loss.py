@@ -89,14 +89,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = (hidden[part] @ cast.T).float()
             norm = torch.logsumexp(logits, dim=-1, keepdim=True)
             losses[part] = (norm - logits.gather(1, labels[part, None])).squeeze(1)
-            taught = losses[part]
+            objective = losses[part]
             if smoothing:
-                taught = (1 - smoothing) * taught + smoothing * (norm.squeeze(1) - logits.mean(1))
+                objective = (1 - smoothing) * objective + smoothing * (norm.squeeze(1) - logits.mean(1))
             from_teacher = None
             if teacher is not None:
                 divergence, from_teacher = _divergence(logits, teacher.logits(part), teacher.temperature)
-                taught = (1 - teacher.weight) * taught + teacher.weight * divergence
-            total += taught.sum() if weights is None else taught @ weights[part]
+                objective = (1 - teacher.weight) * objective + teacher.weight * divergence
+            total += objective.sum() if weights is None else objective @ weights[part]
             if not (need_hidden or need_weight):
                 continue
             gradient = logits.sub_(norm).exp_()

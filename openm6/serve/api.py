@@ -201,7 +201,7 @@ def _model(deployment: Deployment) -> dict[str, Any]:
     return {
         "id": deployment.name, "object": "model", "created": 0, "owned_by": "openm6",
         "parameters": about["parameters"], "adapters": about["adapters"], "restarts": deployment.restarts,
-        "directory": deployment.place.model.name, "threads": about["threads"], "eyes": about["eyes"],
+        "directory": deployment.place.model.name, "threads": about["threads"], "image_encoder": about["image_encoder"],
         "reproducible": about["reproducible"],
     }  # fmt: skip
 

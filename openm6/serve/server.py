@@ -161,10 +161,10 @@ class Server:
         # Examples may have further columns; the inputs may not.
         every = [asked.inputs, *({name: one[name] for name in slots if name in one} for one in asked.examples)]
         pictures = [one.get(slot) for one in every for slot, kind in slots.items() if kind == "image"]
-        eyes = deployment.about["eyes"]
-        if any(isinstance(one, Mapping) and "features" in one and one.get("eyes") != eyes for one in pictures):
+        computed = [one for one in pictures if isinstance(one, Mapping) and "features" in one]
+        if any(one.get("image_encoder") != deployment.about["image_encoder"] for one in computed):
             message = f"These features were not made by the image encoder of {deployment.name}."
-            raise Refusal(ErrorKind.CONFLICT, message, "other_eyes")
+            raise Refusal(ErrorKind.CONFLICT, message, "other_image_encoder")
         if not all(value is None or self.pictures.is_quick(value) for value in pictures):
             record, *examples = await asyncio.to_thread(lambda: [read(one) for one in every])
         else:

@@ -125,7 +125,7 @@ def described(session: Session) -> dict[str, Any]:
         "adapters": session.adapters, "parameters": sum(count_parameters(session.model.config).values()),
         "positions": session.processor.max_length, "vector": session.model.config.hidden_size,
         "codes": session.codec.side**2 if draws else 0, "picture": session.codec.size if draws else None,
-        "eyes": image_encoder_id(base_of(session.path) or session.path) if session.path else "",
+        "image_encoder": image_encoder_id(base_of(session.path) or session.path) if session.path else "",
         "path": str(session.path), "threads": torch.get_num_threads(), "reproducible": reproducible,
     }  # fmt: skip
 

@@ -11,27 +11,32 @@ from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 
 NAME = "openm6.json"
+FORMAT = 1
+"""Version of openm6.json; another one is refused."""
 
 
 def write_card(path: Path, processor: Processor, tasks: Iterable[Task]) -> None:
-    content: dict[str, Any] = {"max_length": processor.max_length, "tasks": [task.to_dict() for task in tasks]}
+    content: dict[str, Any] = {
+        "format": FORMAT, "max_length": processor.max_length, "tasks": [task.to_dict() for task in tasks],
+    }  # fmt: skip
     if processor.prompt:
         content["prompt"] = processor.prompt
-    if processor.taught is not None:
-        content["taught"] = _ranges(processor.taught)
+    if processor.seen_tokens is not None:
+        content["seen_tokens"] = _ranges(processor.seen_tokens)
     (path / NAME).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
 
-def read_taught(path: Path) -> frozenset[int] | None:
+def read_seen_tokens(path: Path) -> frozenset[int] | None:
     """The ids that the model of a directory has met in training; None where the card has no such list."""
+    card = path / NAME
     try:
-        ranges = json.loads((path / NAME).read_text("utf-8")).get("taught")
+        ranges = _content(card).get("seen_tokens")
         if ranges is None:
             return None
         spans = [span.partition("-") for span in ranges.split(",") if span]
         return frozenset(n for first, _, last in spans for n in range(int(first), int(last or first) + 1))
     except (OSError, ValueError, AttributeError) as error:
-        raise OpenM6Error(f"{path / NAME} is damaged ({type(error).__name__}).") from None
+        raise _damaged(card, error) from None
 
 
 def _ranges(numbers: Iterable[int]) -> str:
@@ -55,8 +60,19 @@ def read_card(path: Path) -> tuple[list[Task], int, int]:
             f"{path} is no OpenM6 model: it has no openm6.json. `openm6 train` and `openm6 models import` make one."
         )
     try:
-        content = json.loads(card.read_text("utf-8"))
+        content = _content(card)
         tasks = [task_from_dict(d) for d in content["tasks"]]
         return tasks, int(content["max_length"]), int(content.get("prompt", 0))
     except (ValueError, KeyError, TypeError) as error:
-        raise OpenM6Error(f"{card} is damaged ({type(error).__name__}).") from None
+        raise _damaged(card, error) from None
+
+
+def _content(card: Path) -> dict[str, Any]:
+    content = dict(json.loads(card.read_text("utf-8")))
+    if (format := content.get("format")) != FORMAT:
+        raise OpenM6Error(f"{card} has the format {format!r}; this version of OpenM6 reads {FORMAT}.")
+    return content
+
+
+def _damaged(card: Path, error: Exception) -> OpenM6Error:
+    return OpenM6Error(f"{card} is damaged ({type(error).__name__}).")

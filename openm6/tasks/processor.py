@@ -21,11 +21,11 @@ class Processor:
     max_length   maximum length of an example, in positions
     codec        the image codec of a model that draws
     prompt       number of positions before every example that an adapter fills
-    taught       ids that the model has met in training; None: unknown"""
+    seen_tokens  ids that the model has met in training; None: unknown"""
 
     tokenizer: Tokenizer
     grid: ImageGrid
     max_length: int
     codec: PictureCodec | None = None
     prompt: int = 0
-    taught: frozenset[int] | None = None
+    seen_tokens: frozenset[int] | None = None

@@ -56,7 +56,8 @@ class CodecObjective(Objective):
         self.path, self.notes = recipe.codec.path, list[str]()
         self.config = CodecConfig.load(self.path) if self.path else CodecConfig(**recipe.codec.sizes)
         size = self.config.image_size
-        self.eyes = _eyes(recipe.codec.eyes).to(self.device) if recipe.codec.eyes else None
+        reader = recipe.codec.perceptual_model
+        self.perceptual = _stem_of(reader).to(self.device) if reader else None
         rejects = open_rejects(recipe.output, recipe.train, group)
 
         def encode(task: Task, record: Mapping[str, Any], *rest: Any) -> Any:
@@ -73,8 +74,8 @@ class CodecObjective(Objective):
 
     def network(self, shared: bool) -> Codec:
         codec = meta_model(self.config, Codec)
-        if self.eyes is not None:
-            codec.look_with(self.eyes)
+        if self.perceptual is not None:
+            codec.use_perceptual_layers(self.perceptual)
         return codec
 
     def loss_weight(self, examples: list[Picture]) -> tuple[int, int, int]:
@@ -122,11 +123,11 @@ class CodecObjective(Objective):
         return {name: float(value) for name, value in found.items()}
 
 
-def _eyes(path: Path) -> nn.Sequential:
+def _stem_of(path: Path) -> nn.Sequential:
     """The stem that a model reads pictures with."""
     embedder = Session.load(path, device="cpu", trainable=True).model.image
     if embedder is None or not isinstance(embedder.features, nn.Sequential):
-        raise UsageError(f"codec.eyes: {path} has no stem; its image_embedder has to be stem.")
+        raise UsageError(f"codec.perceptual_model: {path} has no stem; its image_embedder has to be stem.")
     return embedder.features.requires_grad_(False)
 
 

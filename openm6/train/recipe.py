@@ -223,7 +223,7 @@ class CodecSection(_Strict):
 
     sizes: dict[str, Any] = Field(default_factory=dict)
     path: Path | None = None
-    eyes: Path | None = Field(
+    perceptual_model: Path | None = Field(
         None, description="model directory whose image stem replaces the codec's encoder in the feature loss"
     )
 

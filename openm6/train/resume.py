@@ -32,7 +32,7 @@ FREE = (
 WARNED = ("train.", "distill.", "vectors.")
 REFUSED = ("train.optimizer", "train.freeze_image_encoder")
 BY_CONTENT = (
-    "model.path", "model.codec", "tokenizer.path", "distill.teacher", "codec.path", "codec.eyes",
+    "model.path", "model.codec", "tokenizer.path", "distill.teacher", "codec.path", "codec.perceptual_model",
 )  # fmt: skip
 """Model directories: compared by content, not by path."""
 

@@ -20,7 +20,7 @@ from openm6.core.sequence import IGNORE, Sequence
 from openm6.data.columns import SlotView
 from openm6.data.loader import Entry
 from openm6.data.store import Records
-from openm6.tasks.card import read_taught
+from openm6.tasks.card import read_seen_tokens
 from openm6.tasks.encode import encode_example
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
@@ -37,10 +37,10 @@ class SeenTokens:
     has no record of them."""
 
     def __init__(self, processor: Processor, output: Path, group: Group):
-        self.group, known = group, processor.taught
+        self.group, known = group, processor.seen_tokens
         last = latest_checkpoint(output / "checkpoints")
         if last is not None and known is not None:  # the run goes on
-            known |= read_taught(last) or frozenset()
+            known |= read_seen_tokens(last) or frozenset()
         self._seen = None if known is None else np.zeros(processor.tokenizer.vocab_size, bool)
         self.add_ids(known or ())
 
@@ -64,8 +64,8 @@ class SeenTokens:
 def unseen_token_ids(entries: list[Entry], processor: Processor) -> tuple[list[int], float]:
     """The unseen ids of the entries' texts and of their first records as encoded examples, and the fraction of unseen
     tokens in the texts."""
-    tokenizer, taught = processor.tokenizer, processor.taught
-    if taught is None:
+    tokenizer, seen = processor.tokenizer, processor.seen_tokens
+    if seen is None:
         return [], 0.0
     counts: Counter[int] = Counter()
     around: set[int] = set()
@@ -79,8 +79,8 @@ def unseen_token_ids(entries: list[Entry], processor: Processor) -> tuple[list[i
                     counts.update(tokenizer.encode(text))
                 except DataError:
                     continue  # the loader rejects its record
-    new = {number: count for number, count in counts.items() if number not in taught}
-    around -= taught | {tokenizer.patch_id}  # the patches of a picture take the place of that one's row
+    new = {number: count for number, count in counts.items() if number not in seen}
+    around -= seen | {tokenizer.patch_id}  # the patches of a picture take the place of that one's row
     return sorted(around.union(new)), sum(new.values()) / max(1, counts.total())
 
 

@@ -138,7 +138,7 @@ class SequenceObjective(Objective):
         return [kind for kind, number in zip(kinds, numbers, strict=True) if number]
 
     def gather(self) -> None:
-        self.session.processor = replace(self.session.processor, taught=self.seen_tokens.from_all_processes())
+        self.session.processor = replace(self.session.processor, seen_tokens=self.seen_tokens.from_all_processes())
 
     def micro_batch_loss(self, run: Callable[..., Any], examples: list[Sequence]) -> MicroBatchResult:
         batch = self._batch(examples)

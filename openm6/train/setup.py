@@ -70,7 +70,7 @@ def build_session(recipe: Recipe, group: Group) -> Session:
     config = ModelConfig.preset(section.preset or "", **sizes)
     length = _longest(config, section.max_length, recipe.train.row_length)
     grid = ImageGrid(config.image_stride, config.image_max_patches)
-    return Session(meta_model(config), Processor(tokenizer, grid, length, codec, taught=frozenset()))
+    return Session(meta_model(config), Processor(tokenizer, grid, length, codec, seen_tokens=frozenset()))
 
 
 def _longest(config: ModelConfig, asked: int | None, otherwise: int) -> int:

@@ -29,7 +29,7 @@ from openm6.model.changed import Active
 from openm6.model.cpu.pack import pack_for_cpu
 from openm6.model.files import check_model, load_model, meta_model, read_config
 from openm6.model.precision import fast_dtype
-from openm6.tasks.card import read_card, read_taught, write_card
+from openm6.tasks.card import read_card, read_seen_tokens, write_card
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
@@ -78,7 +78,7 @@ def open_processor(path: Path) -> tuple[Processor, list[Task]]:
     config = read_config(place)
     grid = ImageGrid(config.image_stride, config.image_max_patches)
     codec = PictureCodec.load(place / CODEC) if (place / CODEC).is_dir() else None
-    return Processor(Tokenizer.load(place), grid, length, codec, prompt, read_taught(path)), tasks
+    return Processor(Tokenizer.load(place), grid, length, codec, prompt, read_seen_tokens(path)), tasks
 
 
 def describe(path: Path, model: M6, processor: Processor, tasks: Iterable[Task], adapter: Any = None) -> None:

@@ -102,7 +102,7 @@ CASES: list[tuple[int, list[str], str]] = [
     (2, ["train", "demo", "model.codec=modle"], 'there is no such path. Did you mean "model"?'),
     (2, ["train", "demo", "tokenizer.path=nowhere"], "nowhere is no model directory"),
     (2, ["train", "codec.yaml"], 'modle is no model directory: there is no such path. Did you mean "model"?'),
-    (2, ["train", "codec_64", "codec.eyes=modle"], 'there is no such path. Did you mean "model"?'),
+    (2, ["train", "codec_64", "codec.perceptual_model=modle"], 'there is no such path. Did you mean "model"?'),
     (2, ["compress", "steps.yaml", "--output", "x"], "--output does nothing here: a chain is done as it is written"),
     (2, ["plan", "codec_64", "--gpu-memory", "80GB"], "--gpu-memory does nothing here: a recipe alone is timed"),
     (2, ["compress", "steps.yaml"], 'modle is no OpenM6 model: there is no such path. Did you mean "model"?'),
@@ -220,7 +220,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     room = tmp_path_factory.mktemp("room")
     for name in ("model", "lonely"):
         (room / name).mkdir()
-        (room / name / "openm6.json").write_text('{"max_length": 8, "tasks": []}')
+        (room / name / "openm6.json").write_text('{"format": 1, "max_length": 8, "tasks": []}')
     (room / "lonely" / "adapter_config.json").write_text('{"base_model_name_or_path": "gone"}')
     (room / "codec.yaml").write_text("codec: {path: modle}\ndata: [{source: good.csv}]\ntrain: {steps: 1}\n")
     (room / "steps.yaml").write_text(

@@ -184,7 +184,7 @@ def test_no_targets(text: str) -> None:
 
 def test_the_model_of_a_chain_may_be_one_of_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chains: list[Chain] = []
-    monkeypatch.setattr("openm6.hub.catalogue.find_model", lambda model: (tmp_path / "live", str(model)))
+    monkeypatch.setattr("openm6.cli.checks.find_model", lambda model: (tmp_path / "live", str(model)))
     monkeypatch.setattr("openm6.compress.compress.compress", lambda chain, say: chains.append(chain) or [])
     file = tmp_path / "chain.yaml"
     file.write_text(yaml.safe_dump(_chain(Path("goods@live"), tmp_path / "out")), "utf-8")

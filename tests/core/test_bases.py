@@ -29,7 +29,7 @@ def typo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 OPENED: list[Callable[[Path], object]] = [
     openm6.load, load_model, read_config, require_model, PictureCodec.load,
     lambda path: export(path, Path("package")),
-    lambda path: export_image_encoder(path, Path("eyes")),
+    lambda path: export_image_encoder(path, Path("encoder")),
     lambda path: create_device(Path("device"), path, Settings(), None),
     lambda path: create_device(Path("device"), Path("runs/goods/model"), Settings(), None, path),
 ]  # fmt: skip
@@ -41,7 +41,7 @@ def test_a_model_that_is_not_there_is_refused_with_the_nearest(opened: Callable[
         UsageError, match=r'godos/model is no .*: there is no such path. Did you mean "runs/goods/model"'
     ):
         opened(typo)
-    assert not [name for name in ("package", "eyes", "device") if Path(name).exists()]
+    assert not [name for name in ("package", "encoder", "device") if Path(name).exists()]
 
 
 def test_the_nearest_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

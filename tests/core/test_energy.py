@@ -17,6 +17,7 @@ from openm6.core.energy import EnergyMeter
 TOLD = Path("/proc/cpuinfo")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not TOLD.is_file() or "model name" not in TOLD.read_text("utf-8"), reason="no file tells the processor's name here"
 )

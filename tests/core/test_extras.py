@@ -81,6 +81,7 @@ def required(tree: ast.AST) -> list[tuple[str, list[str]]]:
 SOURCES = sorted((ROOT / "openm6").rglob("*.py"))
 
 
+@pytest.mark.slow
 def test_what_is_required_belongs_to_the_extra_that_is_named() -> None:
     known = packages_distributions()
     calls = [call for path in SOURCES for call in required(ast.parse(path.read_text("utf-8")))]

@@ -209,7 +209,7 @@ def test_a_sketch_has_lines_where_colours_change() -> None:
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 8), st.integers(0, 99))
 def test_features_go_and_come(rows: int, columns: int, width: int, seed: int) -> None:
     values = np.random.default_rng(seed).normal(size=(rows, columns, width)).astype(np.float16)
-    features = Features(values.tobytes(), rows, columns, "eyes")
+    features = Features(values.tobytes(), rows, columns, "image_encoder")
     sent = {**features.mapping(), "features": base64.b64encode(features.data).decode()}
     for given_ in (features, features.mapping(), sent):
         found = Features.of(given_)
@@ -227,7 +227,7 @@ def test_features_go_and_come(rows: int, columns: int, width: int, seed: int) ->
 )  # fmt: skip
 def test_features_that_are_none(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(DataError, match=sentence):
-        Features.of({"features": bytes(8), "rows": 2, "columns": 2, "eyes": "", **changes})
+        Features.of({"features": bytes(8), "rows": 2, "columns": 2, "image_encoder": "", **changes})
 
 
 def test_no_features() -> None:

@@ -59,6 +59,7 @@ def put(name: str, content: bytes) -> str:
     return f"flaky://{name}"
 
 
+@pytest.mark.slow
 def test_a_read_that_breaks_off_goes_on_where_it_was(flaky: type[FlakyFileSystem]) -> None:
     content = b"".join(uuid.uuid4().bytes for _ in range(2000))
     url = put("/data/a.bin", content)
@@ -67,6 +68,7 @@ def test_a_read_that_breaks_off_goes_on_where_it_was(flaky: type[FlakyFileSystem
     assert flaky.opened == ATTEMPTS
 
 
+@pytest.mark.slow
 def test_after_three_attempts_it_is_a_data_error(flaky: type[FlakyFileSystem]) -> None:
     url = put("/data/a.bin", bytes(20000))
     flaky.failures = ATTEMPTS

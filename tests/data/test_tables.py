@@ -83,6 +83,7 @@ def test_several_sheets_with_rows_are_refused_by_name(tmp_path: Path) -> None:
         load(workbook(tmp_path / "a.xlsx", [["a"], [1]], [["a"], [2]]))
 
 
+@pytest.mark.slow
 def test_what_is_no_workbook_and_what_unpacks_to_too_much(tmp_path: Path) -> None:
     (tmp_path / "a.xlsx").write_bytes(b"PK no workbook")
     with pytest.raises(DataError, match="no Excel workbook"):

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from openm6.inference.session import Session
 from openm6.model.codec import Codec, CodecConfig
 from openm6.model.files import save_network
-from openm6.tasks.card import read_taught
+from openm6.tasks.card import read_seen_tokens
 from openm6.train.trainer import train
 from tests.processes import call_openm6, run_ranks
-from tests.train.conftest import SIZES, cache, logged, losses, recipe_file, tiny_recipe  # noqa: F401
+from tests.train.conftest import SIZES, logged, losses, recipe_file, tiny_recipe
 
 OPENM6 = Path(sys.executable).with_name("openm6")
 
@@ -53,7 +53,7 @@ def test_two_processes_equal_one(tmp_path: Path, run: Callable[..., None], accum
     run(recipe, 2, f"output={tmp_path / 'two'}")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     ours, theirs = (Session.load(tmp_path / n / "model", trainable=True).model.state_dict() for n in ("one", "two"))
-    assert read_taught(tmp_path / "two" / "model") == read_taught(tmp_path / "one" / "model")
+    assert read_seen_tokens(tmp_path / "two" / "model") == read_seen_tokens(tmp_path / "one" / "model")
     # AdamW steps by the sign of a gradient however small: a bias whose gradient is rounding noise may go either way.
     # So nearly all weights have to agree closely, and none may be further apart than the steps that were taken.
     apart = torch.cat([(theirs[name] - value).abs().flatten() for name, value in ours.items()])

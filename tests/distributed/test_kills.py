@@ -17,7 +17,7 @@ import yaml
 from openm6.inference.session import Session
 from openm6.train.trainer import train
 from tests.distributed.test_data_parallel import OPENM6
-from tests.train.conftest import SIZES, cache, losses, tiny_recipe  # noqa: F401
+from tests.train.conftest import SIZES, losses, tiny_recipe
 
 KILLS = int(os.environ.get("OPENM6_KILLS", "3"))
 """Kills in a row; a start takes seconds, so the suite makes few of them."""

@@ -9,7 +9,7 @@ import pytest
 
 from openm6.train.trainer import train
 from tests.distributed.test_data_parallel import OPENM6
-from tests.train.conftest import cache, losses, recipe_file, tiny_recipe  # noqa: F401
+from tests.train.conftest import losses, recipe_file, tiny_recipe
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ class Site:
 
 def prepare(folder: Path) -> dict[str, str]:
     """A model, a data set with a bad line and one with evil texts, a batch of pictures. Returns the environment."""
-    environment = {"OPENM6_HOME": str(folder / "home"), "OPENM6_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {"OPENM6_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
     session = drawing_session(200)
     session.save(folder / "goods" / "model")
     session.tasks = {name: get(name) for name in ("vqa", "product_copy")}
@@ -144,6 +144,7 @@ def choose(page: Any, label: str, text: str) -> None:
         box.press("End")  # a closed list that still has the focus opens when a key is pressed
         try:
             page.get_by_role("option").filter(has_text=text).first.click(timeout=3000)
+            page.get_by_role("option").first.wait_for(state="detached")
             return
         except TooLate:
             if not left:

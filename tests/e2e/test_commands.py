@@ -43,21 +43,21 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "OPENM6_CACHE": str(folder / "cache"), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+def environment() -> dict[str, str]:
+    return {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
 
 
 def run(folder: Path, *arguments: str) -> str:
     """The program as it is installed."""
     done = subprocess.run(
-        [str(OPENM6), *arguments], cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=300
+        [str(OPENM6), *arguments], cwd=folder, env=environment(), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run_openm6(*arguments, folder=folder, environment=environment(folder))
+    return run_openm6(*arguments, folder=folder, environment=environment())
 
 
 def printed(folder: Path, *arguments: str) -> str:
@@ -167,7 +167,7 @@ def test_a_kill_in_the_middle_costs_nothing(room: Path) -> None:
     metrics = room / "killed" / "metrics.jsonl"
     for wanted in (3, 9):
         process = subprocess.Popen(
-            [str(OPENM6), "train", "goods.yaml", *changes], cwd=room, env=environment(room), stderr=subprocess.DEVNULL
+            [str(OPENM6), "train", "goods.yaml", *changes], cwd=room, env=environment(), stderr=subprocess.DEVNULL
         )
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:

@@ -41,7 +41,7 @@ def _keep(kept: AnswerStore, count: int = 1, start: int = 0) -> None:
 def test_what_is_kept_comes_back(tmp_path: Path) -> None:
     kept = AnswerStore(tmp_path / "k", ALL, 10**6)
     _keep(kept, 3)
-    kept.keep("caption", {"photo": {"features": b"12", "rows": 1, "columns": 1, "eyes": "e"}}, {"a": 1}, None)
+    kept.keep("caption", {"photo": {"features": b"12", "rows": 1, "columns": 1, "image_encoder": "e"}}, {"a": 1}, None)
     rows = list(kept.rows("vqa"))
     assert [row["id"] for row in rows] == [1, 2, 3]
     assert rows[0] == {"id": 1, "task": "vqa", "record": {"photo": PICTURE, "question": "问题0"}, "value": "红色",

@@ -137,12 +137,12 @@ def test_with_features_no_picture_leaves_or_stays(device: Make, server: CloudSer
     cascade = device(cloud=server.url, privacy="features")
     assert _ask(cascade).by == CLOUD
     sent = server.seen[0][1]["inputs"]["photo"]
-    assert set(sent) == {"features", "rows", "columns", "eyes"} and len(sent["eyes"]) == 16
+    assert set(sent) == {"features", "rows", "columns", "image_encoder"} and len(sent["image_encoder"]) == 16
     # The cloud's model answers to them what it answers to the picture.
     record = {"photo": sent, "question": QUESTION}
     assert session.run("vqa", **record) == session.run("vqa", **ASKED["vqa"])
     [row] = cascade.kept.rows()
-    assert set(row["record"]["photo"]) == {"features", "rows", "columns", "eyes"}
+    assert set(row["record"]["photo"]) == {"features", "rows", "columns", "image_encoder"}
     told = json.dumps(server.seen) + _files(cascade).decode("latin-1")
     photo = ASKED["vqa"]["photo"]
     assert base64.b64encode(photo).decode()[:60] not in told and photo[:60].decode("latin-1") not in told

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 __all__ = ["model", "session"]
 
 SUBJECTS = ["package", "store", "disk", "key", "cloud", "model", "clock"]
-PAGES = {"/v1/models": {"data": [{"id": "m6", "eyes": "0" * 16}]}, "/v1/tasks/vqa": {"outputs": ["answer"]}}
+PAGES = {"/v1/models": {"data": [{"id": "m6", "image_encoder": "0" * 16}]}, "/v1/tasks/vqa": {"outputs": ["answer"]}}
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ __all__ = ["model", "session"]
         (lambda path, body: (401, {}), "refuses the key"),
         (lambda path, body: (400, {"error": {"code": "context_length_exceeded"}}), "too long for the cloud's model"),
         (lambda path, body: (404, {"error": {"code": "task_not_found"}}), "does not know the task"),
-        (lambda path, body: (409, {"error": {"code": "other_eyes"}}), "another image encoder"),
+        (lambda path, body: (409, {"error": {"code": "other_image_encoder"}}), "another image encoder"),
         (lambda path, body: (400, {"error": {"code": "invalid"}}), "not of the expected form"),
         (lambda path, body: (200, {"outputs": {"caption": "x"}}), "not of the expected form"),
         (lambda path, body: (200, {"outputs": {"answer": ["x"]}}), "not of the expected form"),

@@ -280,11 +280,11 @@ def test_parts_of_two_packages_are_refused(package: Path, model: Path, tmp_path:
         EdgeModel(mixed)
     with pytest.raises(OpenM6Error, match="picture.onnx is not the file that was exported"):
         quantize_bundle(mixed, tmp_path / "never", 8)
-    export_image_encoder(model, tmp_path / "eyes")
-    assert ImageEncoder(tmp_path / "eyes").name == EdgeModel(package).image_encoder.name
-    shutil.copy(tmp_path / "other/picture.onnx", tmp_path / "eyes")
+    export_image_encoder(model, tmp_path / "image_encoder")
+    assert ImageEncoder(tmp_path / "image_encoder").name == EdgeModel(package).image_encoder.name
+    shutil.copy(tmp_path / "other/picture.onnx", tmp_path / "image_encoder")
     with pytest.raises(OpenM6Error, match="picture.onnx is not the file that was exported"):
-        ImageEncoder(tmp_path / "eyes")
+        ImageEncoder(tmp_path / "image_encoder")
 
 
 def test_a_package_of_another_format_is_refused(package: Path, tmp_path: Path) -> None:

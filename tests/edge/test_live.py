@@ -47,7 +47,7 @@ def test_a_stricter_mode_holds_from_the_next_request_on(device: Make, server: Cl
     assert _ask(cascade).by == CLOUD and _lies_on_disk(cascade, PHOTO)
     _change(cascade, privacy="features")
     assert _ask(cascade).by == CLOUD
-    assert set(server.seen[-1][1]["inputs"]["photo"]) == {"features", "rows", "columns", "eyes"}
+    assert set(server.seen[-1][1]["inputs"]["photo"]) == {"features", "rows", "columns", "image_encoder"}
     assert not _lies_on_disk(cascade, PHOTO) and cascade.kept.counts() == {"vqa": 1}
     _change(cascade, privacy="nothing")
     assert (_ask(cascade).by, _ask(cascade).reason) == (EDGE, "nothing may be sent")

@@ -58,9 +58,8 @@ def test_an_edit_that_touches_what_it_should_keep_is_seen(monkeypatch: pytest.Mo
     assert measure_edits(BUNDLE, judge, count=12)["kept"] < 0.5
 
 
-def test_a_control_is_measured_alone_and_against_a_caption(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_control_is_measured_alone_and_against_a_caption(monkeypatch: pytest.MonkeyPatch) -> None:
     """A judge that always says red: of captions and of controls those count that ask for red."""
-    monkeypatch.setenv("OPENM6_CACHE", str(tmp_path))
     monkeypatch.setattr(demo_images, "DATA", "demo:studio/test?pictures=60")
     judge = Reader({"category": CATEGORIES[0], "colour": "红色", "pattern": PATTERNS[0]})
     found = measure_controls(BUNDLE, judge, count=20)
@@ -75,8 +74,7 @@ def test_a_control_is_measured_alone_and_against_a_caption(monkeypatch: pytest.M
     assert found["style"]["colour"] == (pytest.approx(theirs), pytest.approx(ours), pytest.approx(theirs))
 
 
-def test_own_pictures_are_codes_that_are_not_real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("OPENM6_CACHE", str(tmp_path / "cache"))
+def test_own_pictures_are_codes_that_are_not_real(tmp_path: Path) -> None:
     session = drawing_session()
     session.tasks["caption"] = session.task("caption")  # it can read
     session.save(tmp_path / "model")
@@ -98,7 +96,6 @@ def test_own_pictures_are_codes_that_are_not_real(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_the_report_has_all_tables_and_the_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("OPENM6_CACHE", str(tmp_path / "cache"))
     for name, value in {"ASKED": 14, "CANDIDATES": 2, "EDITS": 3, "DATA": "demo:studio/test?pictures=40"}.items():
         monkeypatch.setattr(demo_images, name, value)
     monkeypatch.setattr(demo_images, "measure_controls", lambda *_: {"style": {"colour": (0.9, 0.75, 0.25)}})

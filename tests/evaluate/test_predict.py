@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -277,18 +276,17 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(
 def test_after_kill_9_the_same_command_gives_the_same_file(model: Path, tmp_path: Path) -> None:
     data = table(tmp_path / "in.csv", 4000)
     words = [str(Path(sys.executable).with_name("openm6")), "predict", str(model), "say", "--data", str(data)]
-    environment = {**os.environ, "OPENM6_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run([*words, "--output", str(tmp_path / "whole.csv")], env=environment, capture_output=True)
+    done = subprocess.run([*words, "--output", str(tmp_path / "whole.csv")], capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
     output = tmp_path / "out.csv"
-    started = subprocess.Popen([*words, "--output", str(output)], env=environment, stderr=subprocess.DEVNULL)
+    started = subprocess.Popen([*words, "--output", str(output)], stderr=subprocess.DEVNULL)
     while len(list((tmp_path / "out.csv.parts").glob("0*.jsonl"))) < 3:
         assert started.poll() is None
         time.sleep(0.01)
     started.send_signal(signal.SIGKILL)
     started.wait()
     assert not output.exists()
-    done = subprocess.run([*words, "--output", str(output), "--json"], env=environment, capture_output=True)
+    done = subprocess.run([*words, "--output", str(output), "--json"], capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout)
     assert told["resumed"] >= 768 and told["answered"] == 4000

@@ -68,8 +68,8 @@ def test_eyes_have_a_name(model: Path, tmp_path: Path) -> None:
     assert image_encoder_id(tmp_path / "words") == image_encoder_id(model)
     with torch.no_grad():
         other.model.image.row.add_(1)
-    other.save(tmp_path / "eyes")
-    assert image_encoder_id(tmp_path / "eyes") != image_encoder_id(model)
+    other.save(tmp_path / "encoder")
+    assert image_encoder_id(tmp_path / "encoder") != image_encoder_id(model)
     quantize_model(model, tmp_path / "few", 8)
     assert len(image_encoder_id(tmp_path / "few")) == 16 and load_model(tmp_path / "few").image is not None
 

@@ -353,6 +353,9 @@ def test_a_model_with_a_damaged_card_or_weights_is_told(session: Session, tmp_pa
     card.write_text(content[:20], "utf-8")
     with pytest.raises(OpenM6Error, match="openm6.json is damaged"):
         Session.load(tmp_path)
+    card.write_text(json.dumps({**json.loads(content), "format": 2}), "utf-8")
+    with pytest.raises(OpenM6Error, match="openm6.json has the format 2; this version of OpenM6 reads 1"):
+        Session.load(tmp_path)
     card.write_text(content, "utf-8")
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}), "utf-8")
@@ -386,7 +389,7 @@ def test_a_qwen3_directory_becomes_a_model(tmp_path: Path) -> None:
     session = import_model(tmp_path / "qwen", tmp_path / "m6", "stem", num_codes=16, max_length=512)
     assert session.processor.tokenizer.first_new_id == 700
     loaded = Session.load(tmp_path / "m6", trainable=True)
-    assert loaded.processor.taught == frozenset(range(700))  # not the tokens that are added
+    assert loaded.processor.seen_tokens == frozenset(range(700))  # not the tokens that are added
     assert torch.equal(loaded.model.embed.weight[:700], theirs.model.embed_tokens.weight)
     answer = loaded.run("caption", photo=picture(), decoding={"max_new_tokens": 4})
     assert isinstance(answer, str)

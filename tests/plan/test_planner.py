@@ -86,6 +86,7 @@ def test_without_offload_ten_trillion_do_not_fit() -> None:
     assert caught.value.exit_code == 1
 
 
+@pytest.mark.slow
 def test_with_adamw_one_trillion_fits_v100s_only_by_offload() -> None:
     plan = make_plan(ModelConfig.preset("m6-t-1t"), on("v100-32g", 480), Work(8, 512), "adamw")
     assert plan.layout.offload.layers > 0

@@ -79,6 +79,7 @@ def test_numpy_values_and_dates_are_stored_too(tmp_path: Path) -> None:
     assert [(hit.id, hit.columns) for hit in found] == [("7", {"price": 99.5, "stock": 0, "day": "2026-01-02"})]
 
 
+@pytest.mark.slow
 def test_a_value_that_would_change_is_an_error_that_names_the_item(tmp_path: Path) -> None:
     index = Index.create(tmp_path / "index", 2, {"price": "int"})
     index.add(["a"], np.ones((1, 2)), {"price": [99.0]})

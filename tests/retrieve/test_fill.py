@@ -73,6 +73,7 @@ def test_goods_are_found_by_text_and_filtered(model: Path, goods: Path, tmp_path
     assert call("index", "show", place)["items"] == 24
 
 
+@pytest.mark.slow
 def test_items_are_added_replaced_and_deleted(model: Path, goods: Path, tmp_path: Path) -> None:
     place = tmp_path / "index"
     built(model, goods, place, "--dims", 8)

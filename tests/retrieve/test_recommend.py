@@ -77,6 +77,7 @@ def test_it_learns_what_is_near_and_of_the_season(made: Recommender) -> None:
     assert [one.score for one in best] == sorted((one.score for one in best), reverse=True)
 
 
+@pytest.mark.slow
 def test_a_measure_is_what_a_slow_count_says(made: Recommender) -> None:
     some = visits(20, 3)
     found = made.measure(some)["all"]["ranked"]

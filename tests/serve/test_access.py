@@ -44,6 +44,7 @@ def logged(caplog: pytest.LogCaptureFixture, path: str) -> dict[str, Any]:
     raise AssertionError(f"{path} is not in the log")
 
 
+@pytest.mark.slow
 def test_the_log_says_what_was_asked_of_which_model(http: httpx2.Client, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "openm6.access"):
         answer = http.post("/v1/tasks/write", json=ASK)
@@ -79,6 +80,7 @@ def test_who_hangs_up_is_499_in_the_log(http: httpx2.Client, caplog: pytest.LogC
     assert line["status"] == 499
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "body"),
     [

@@ -101,6 +101,7 @@ def encoded(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
+@pytest.mark.slow
 def test_a_chat_by_openais_client(client: openai.OpenAI, alone: Session) -> None:
     assert [one.id for one in client.models.list()] == ["m6"]
     said = client.chat.completions.create(
@@ -261,6 +262,7 @@ def test_a_long_name_is_cut_in_the_error(http: httpx2.Client) -> None:
         assert len(http.post("/v1/chat/completions", json=body).text) < 1000
 
 
+@pytest.mark.slow
 def test_a_body_that_is_too_large_is_not_read(http: httpx2.Client) -> None:
     assert http.post("/v1/tasks/write", content=b"x" * (5 * 2**20)).status_code == 413
 
@@ -323,24 +325,25 @@ def test_a_model_tells_whether_a_seed_has_one_answer(http: httpx2.Client) -> Non
 
 
 def test_features_in_the_place_of_a_picture(http: httpx2.Client, model: Path) -> None:
-    """As a box sends them: the answer is that to the picture; those of other eyes are refused."""
+    """As a box sends them: the answer is that to the picture; those of another image encoder are refused."""
     about = http.get("/v1/models").json()["data"][0]
-    assert about["eyes"] == image_encoder_id(model)
+    assert about["image_encoder"] == image_encoder_id(model)
     network, photo = load_model(model), picture(40, 24, seed=8)
     grid = ImageGrid(network.config.image_stride, network.config.image_max_patches)
     pixels = grid.read(photo)
     with torch.no_grad():
         read = network.image(torch.from_numpy(pixels.copy())[None]).numpy().astype(np.float16)
     rows, columns = (side // grid.stride for side in pixels.shape[:2])
-    features = {"features": encoded(read.tobytes()), "rows": rows, "columns": columns, "eyes": about["eyes"]}
+    encoder = about["image_encoder"]
+    features = {"features": encoded(read.tobytes()), "rows": rows, "columns": columns, "image_encoder": encoder}
     asked = {"question": "图中的商品是什么颜色?"}
     by_picture, by_features = (
         http.post("/v1/tasks/vqa", json={"inputs": {**asked, "photo": one}}) for one in (encoded(photo), features)
     )
     assert by_picture.status_code == by_features.status_code == 200, by_features.text
     assert by_features.json()["outputs"] == by_picture.json()["outputs"]
-    other = http.post("/v1/tasks/vqa", json={"inputs": {**asked, "photo": {**features, "eyes": "0" * 16}}})
-    assert other.status_code == 409 and other.json()["error"]["code"] == "other_eyes"
+    other = http.post("/v1/tasks/vqa", json={"inputs": {**asked, "photo": {**features, "image_encoder": "0" * 16}}})
+    assert other.status_code == 409 and other.json()["error"]["code"] == "other_image_encoder"
     for wrong in ({"rows": rows + 1}, {"features": "###"}, {"features": encoded(bytes(2 * rows * columns))}):
         found = http.post("/v1/tasks/vqa", json={"inputs": {**asked, "photo": {**features, **wrong}}})
         assert found.status_code == 400, found.text

@@ -95,6 +95,7 @@ def settled(one: Customer, most: float = 60) -> int:
     return one.spent
 
 
+@pytest.mark.slow
 def test_usage_is_what_was_charged(customer: Callable[..., Customer]) -> None:
     one = customer()
     used = one.write(decoding={"num_beams": 64, "max_new_tokens": 4}).json()["usage"]
@@ -127,6 +128,7 @@ def test_a_stream_that_is_left_is_charged(customer: Callable[..., Customer]) -> 
     assert prompt < cost <= prompt + 60
 
 
+@pytest.mark.slow
 def test_a_whole_request_that_is_left_is_charged(customer: Callable[..., Customer]) -> None:
     one = customer()
     body = {"inputs": {"caption": "红"}, "decoding": {"passes": 1000, "guidance": 0}}

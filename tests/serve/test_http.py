@@ -248,6 +248,7 @@ def test_methods_of_a_path(site: Site) -> None:
 HEAD = "POST /v1/tasks/{} HTTP/1.1\nHost: 127.0.0.1\nContent-Type: application/json\nContent-Length: {}\n\n"
 
 
+@pytest.mark.slow
 def test_a_body_that_is_not_sent_ends(site: Site) -> None:
     """The connection is closed, too: what comes of the body later is no request."""
     for body in (b"", b'{"text": "'):
@@ -271,6 +272,7 @@ def test_a_body_that_trickles_ends(site: Site) -> None:
     assert told.startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.slow
 def test_a_head_that_is_not_sent_ends(site: Site) -> None:
     for head in ("", "POST /v1/tasks/echo HTTP/1.1\nHost: "):
         with site.connect(head) as one:
@@ -305,6 +307,7 @@ def test_of_too_many_bodies_on_their_way_the_stalest_is_given_up() -> None:
     site.stop()
 
 
+@pytest.mark.slow
 def test_a_large_text_is_refused_before_it_is_sent(site: Site) -> None:
     """Where no picture can come; elsewhere while the server is busy."""
     with site.connect(HEAD.format("texts", 2 * MIB)) as one:
@@ -327,6 +330,7 @@ def test_a_large_text_is_refused_before_it_is_sent(site: Site) -> None:
     assert site.http.post("/v1/tasks/echo", json={"text": "a" * 2 * MIB}).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_loop_that_has_been_busy_for_long_is_seen_to_be_behind_until_it_has_caught_up() -> None:
     async def run() -> list[bool]:
         lag = Lag()
@@ -342,6 +346,7 @@ def test_a_loop_that_has_been_busy_for_long_is_seen_to_be_behind_until_it_has_ca
     assert asyncio.run(run()) == [False, False, True, False]
 
 
+@pytest.mark.slow
 def test_an_answer_to_a_body_that_is_not_read_arrives(site: Site) -> None:
     """The client is still sending when it comes."""
     with site.connect(HEAD.format("texts", 8 * MIB)) as one:

@@ -100,6 +100,7 @@ def test_where_nothing_can_be_written_it_is_counted_in_memory(tmp_path: Path, ca
     assert meter.spent(SHOP) == 8
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_for_a_while_is_written_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     meter, other = Meter(tmp_path / "spent"), Meter(tmp_path / "spent")
     blocker = sqlite3.connect(tmp_path / "spent", isolation_level=None)

@@ -96,6 +96,7 @@ def streamed(client: openai.OpenAI, *messages: dict[str, Any], **more: Any) -> t
 # Pictures
 
 
+@pytest.mark.slow
 def test_every_picture_of_a_conversation_is_given_to_the_task(client: openai.OpenAI, alone: Session) -> None:
     first, second, question = picture(40, 24, seed=1), picture(24, 40, seed=2), "红色的是什么？"
     found = said(client, user(part(first), part(second), question), max_tokens=8)

@@ -38,6 +38,7 @@ def asked(http: httpx2.Client, **decoding: Any) -> Any:
     return http.post("/v1/tasks/text_to_image", json=body).json()
 
 
+@pytest.mark.slow
 def test_candidates_tell_their_seeds_and_their_files_too(http: httpx2.Client) -> None:
     found = asked(http)
     candidates = found["outputs"]["candidates"]

@@ -107,6 +107,7 @@ def test_a_killed_batch_goes_on_to_the_same_texts(
         make_copy(session, "product_copy", items, tmp_path / "cut", **{**OPTIONS, "most": 30})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["candidates.jsonl", "broken.jsonl"])
 def test_a_damaged_line_with_others_behind_it_is_refused(
     session: Session, items: Path, tmp_path: Path, name: str

@@ -37,11 +37,6 @@ def session() -> Session:
     return drawing_session()
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENM6_CACHE", str(tmp_path / "cache"))
-
-
 def prompts(folder: Path, lines: list[Any] | None = None) -> Path:
     file = folder / "prompts.jsonl"
     rows = [{"caption": text, "id": number} for number, text in enumerate(CAPTIONS)] if lines is None else lines

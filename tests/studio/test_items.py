@@ -184,6 +184,7 @@ def test_what_people_and_spreadsheets_write_into_an_empty_cell_gives_nothing() -
         assert not is_empty(cell), cell
 
 
+@pytest.mark.slow
 def test_the_lexicon_is_named_and_must_be_one(liar: Session, tmp_path: Path) -> None:
     items = write_table(tmp_path / "goods.csv", [row for row, _ in islice(goods(), 2)])
     options: dict[str, Any] = {"candidates": 1, "keep": 1, "decoding": {"max_new_tokens": 8}}

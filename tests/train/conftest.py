@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from openm6.train.recipe import Recipe, check_recipe
@@ -72,11 +71,3 @@ def cut_at(step: int) -> Any:
             raise PowerCutError
 
     return look
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    patch = pytest.MonkeyPatch()
-    patch.setenv("OPENM6_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()

@@ -111,6 +111,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_lora_on_experts_trains_them_and_is_merged(tmp_path: Path) -> None:
     sizes = {**SIZES, "num_experts": 2, "experts_per_token": 1, "expert_interval": 1}
     base = train(tiny_recipe(tmp_path / "base", model={"preset": "demo", "sizes": sizes}, steps=2))
@@ -224,6 +225,7 @@ def command(*words: object) -> None:
     assert done.exit_code == 0, done.output
 
 
+@pytest.mark.slow
 def test_commands_that_make_a_model_of_a_model_take_an_adapter(
     base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:

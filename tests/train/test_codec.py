@@ -17,7 +17,7 @@ from openm6.inference.session import Session
 from openm6.model.codec import Codec
 from openm6.model.files import load_network
 from openm6.train.codec import read_picture, structural_similarity
-from openm6.train.recipe import check_recipe, load_recipe
+from openm6.train.recipe import AnyRecipe, check_recipe, load_recipe
 from openm6.train.trainer import train
 from tests.train.conftest import SIZES, PowerCutError, cut_at, logged, losses, tiny_recipe
 
@@ -42,6 +42,7 @@ def recipe(output: Path, **changes: Any) -> Any:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{}, {"quantizer": "vq", "num_codes": 32}, {"critic_loss": 0.1}])
 def test_pictures_come_back_better(tmp_path: Path, sizes: dict[str, Any]) -> None:
     model = train(recipe(tmp_path, sizes=sizes, train={"steps": 60, "learning_rate": 5e-3, "checkpoint_every": 60}))
@@ -67,6 +68,7 @@ def test_psnr_is_that_of_its_definition(tmp_path: Path) -> None:
     assert logged(tmp_path)[-2]["psnr"] == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_interrupted_codec_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     train(recipe(tmp_path / "whole", sizes={"quantizer": "vq", "num_codes": 32}))
     again = recipe(tmp_path / "cut", sizes={"quantizer": "vq", "num_codes": 32})
@@ -76,6 +78,7 @@ def test_an_interrupted_codec_goes_on_as_if_nothing_had_been(tmp_path: Path) -> 
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_codec_can_be_trained_on(tmp_path: Path) -> None:
     first = train(recipe(tmp_path / "first", train={"steps": 20}))
     values = recipe(tmp_path / "second").model_dump(mode="json", exclude_unset=True)
@@ -83,17 +86,20 @@ def test_a_codec_can_be_trained_on(tmp_path: Path) -> None:
     assert losses(tmp_path / "second")[1] == pytest.approx(losses(tmp_path / "first")[20], rel=0.2)
 
 
+def with_perceptual_model(values: dict[str, Any], model: Path, output: Path) -> AnyRecipe:
+    return check_recipe({**values, "codec": {**values["codec"], "perceptual_model": str(model)}, "output": output})
+
+
+@pytest.mark.slow
 def test_the_features_can_be_those_of_a_model_that_reads(tmp_path: Path) -> None:
-    """The eyes stay as they are, are no part of the codec, and their opinion is in the loss."""
-    eyes = train(tiny_recipe(tmp_path / "reader", model={"preset": "demo", "sizes": SIZES}, steps=1))
-    before = Session.load(eyes, trainable=True).model.image.features.state_dict()  # type: ignore[union-attr]
+    """The perceptual layers are not trained, are no part of the codec, and their features are in the loss."""
+    reader = train(tiny_recipe(tmp_path / "reader", model={"preset": "demo", "sizes": SIZES}, steps=1))
+    before = Session.load(reader, trainable=True).model.image.features.state_dict()  # type: ignore[union-attr]
     values = recipe(tmp_path / "own").model_dump(mode="json", exclude_unset=True)
-    model = train(
-        check_recipe({**values, "codec": {**values["codec"], "eyes": str(eyes)}, "output": tmp_path / "eyes"})
-    )
+    model = train(with_perceptual_model(values, reader, tmp_path / "perceptual"))
     train(check_recipe(values))
-    assert losses(tmp_path / "eyes")[1] != losses(tmp_path / "own")[1]
-    after = Session.load(eyes, trainable=True).model.image.features.state_dict()  # type: ignore[union-attr]
+    assert losses(tmp_path / "perceptual")[1] != losses(tmp_path / "own")[1]
+    after = Session.load(reader, trainable=True).model.image.features.state_dict()  # type: ignore[union-attr]
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (
         load_network(Codec, model).state_dict().keys()
@@ -101,8 +107,8 @@ def test_the_features_can_be_those_of_a_model_that_reads(tmp_path: Path) -> None
     )
     patches = {"preset": "demo", "sizes": {**SIZES, "image_embedder": "patch"}}
     plain = train(tiny_recipe(tmp_path / "plain", model=patches, steps=1))
-    with pytest.raises(UsageError, match=r"codec.eyes: .* has no stem; its image_embedder has to be stem"):
-        train(check_recipe({**values, "codec": {**values["codec"], "eyes": str(plain)}, "output": tmp_path / "x"}))
+    with pytest.raises(UsageError, match=r"codec.perceptual_model: .* has no stem; its image_embedder has to be stem"):
+        train(with_perceptual_model(values, plain, tmp_path / "x"))
 
 
 def test_a_picture_of_any_shape_is_cut_to_a_square() -> None:

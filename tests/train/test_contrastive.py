@@ -110,6 +110,7 @@ def measured(model: Path, things: Path, **options: object) -> dict[str, float]:
     ).values()
 
 
+@pytest.mark.slow
 def test_what_belongs_together_finds_itself_also_with_few_numbers(model: Path, things: Path) -> None:
     told = losses(model.parent)
     assert told[max(told)] < 0.3 * told[min(told)]
@@ -153,6 +154,7 @@ def test_pictures_and_texts_share_a_room(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_two_runs_are_one(things: Path, tmp_path: Path) -> None:
     first, second = (train(matching(things, tmp_path / name)) for name in "ab")
     assert losses(first.parent) == losses(second.parent)
@@ -188,6 +190,7 @@ def test_it_is_found_among_its_own_negatives_alone(model: Path, tmp_path: Path) 
         ask()
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 14), st.data())
 def test_ranks_are_those_of_a_naive_loop(queries: int, keys: int, data: st.DataObject) -> None:

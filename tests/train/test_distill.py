@@ -74,6 +74,7 @@ def test_what_a_teacher_says_is_its_own_distribution_at_the_trained_positions(te
         assert abs(session.model(batch, Teacher(lambda part: expected[part], weight=1.0)).loss) < 0.01 * len(expected)
 
 
+@pytest.mark.slow
 def test_a_student_comes_nearer_to_its_teacher_than_by_the_labels(teacher: Path, tmp_path: Path) -> None:
     """Two students that differ only in the loss, after the same number of steps."""
     way = {"steps": 60, "learning_rate": 5e-3, "checkpoint_every": 60, "log_every": 20}
@@ -117,6 +118,7 @@ def test_a_teacher_that_reads_otherwise_is_refused(teacher: Path, tmp_path: Path
         train(tiny_recipe(tmp_path / "c", model={"path": str(other)}, distill={"teacher": str(tmp_path)}))
 
 
+@pytest.mark.slow
 def test_a_model_is_pruned_and_mended_from_the_command_line(teacher: Path, tmp_path: Path) -> None:
     def call(*words: object) -> Any:
         return CliRunner().invoke(commands(), [*map(str, words)])
@@ -139,6 +141,7 @@ def test_a_model_is_pruned_and_mended_from_the_command_line(teacher: Path, tmp_p
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.slow
 def test_a_teacher_answers_what_has_no_answers(tmp_path: Path) -> None:
     """Its own answers are learned, in the place of the data's; kept in a file, and gone on with after a kill."""
     known = [{"source": "demo:questions/train?pictures=30", "task": "vqa"}]

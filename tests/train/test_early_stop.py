@@ -60,6 +60,7 @@ def test_it_stops_and_keeps_the_best(tmp_path: Path, measured: dict) -> None:
     assert steps == ["step-00000002", "step-00000005"]
 
 
+@pytest.mark.slow
 def test_once_stopped_it_says_how_to_go_on(tmp_path: Path, measured: dict, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = stopping(tmp_path, log_every=10)
     train(recipe)
@@ -93,6 +94,7 @@ def test_an_interrupted_run_stops_where_it_would_have(tmp_path: Path, measured: 
     assert len(losses(tmp_path)) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["perplexity", "error"])
 def test_less_may_be_better(tmp_path: Path, measured: dict, metric: str, an_error: None) -> None:
     recipe = stopping(tmp_path, patience=2)

@@ -53,6 +53,7 @@ def test_a_dense_model_has_no_loads(tmp_path: Path) -> None:
     assert "load_variation" not in logged(tmp_path)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("balance", [{"auxiliary_loss": 0.3}, {"bias_update": 0.02}])
 @pytest.mark.parametrize("router", ["topk", "prototype"])
 def test_balance_evens_the_loads(tmp_path: Path, balance: dict[str, float], router: str) -> None:
@@ -63,6 +64,7 @@ def test_balance_evens_the_loads(tmp_path: Path, balance: dict[str, float], rout
     assert variation["with"] < 0.75 * variation["without"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_with_moving_biases_goes_on_bit_for_bit(tmp_path: Path) -> None:
     whole, broken = (sparse(tmp_path / name, {"bias_update": 0.01}) for name in ("whole", "broken"))
     train(whole)
@@ -100,6 +102,7 @@ def test_the_auxiliary_loss_is_that_of_the_definition_over_all_parts() -> None:
     torch.testing.assert_close(statistics.loss, 4 * (share * scores.sum(0)).sum())
 
 
+@pytest.mark.slow
 def test_recomputation_changes_no_gradient_of_the_auxiliary_loss(tmp_path: Path) -> None:
     """The backward pass of a micro-batch recomputes the results of its forward pass."""
     for how in ("none", "full"):

@@ -42,6 +42,7 @@ def finetune(*words: object) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_a_model_learns_a_task_from_a_file_and_stops_by_itself(base: Path, reviews: Path, tmp_path: Path) -> None:
     words = ("--task", "text_classification", "--data", reviews, "--validation", reviews, "--output", tmp_path / "run")
     told = finetune(

@@ -56,6 +56,7 @@ def test_sharing_saves_what_it_promises() -> None:
         assert sum(p.numel() for p in M6(shared).parameters()) == sum(b.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{}, {"num_experts": 4, "experts_per_token": 2}])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_the_first_loss_after_parting_is_that_of_the_shared_network(
@@ -74,6 +75,7 @@ def test_the_first_loss_after_parting_is_that_of_the_shared_network(
     assert config.distinct_layers is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [2, 4, 5])
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, cut: int) -> None:
     whole, broken = two_stages(tmp_path / "whole", rewarm=2), two_stages(tmp_path / "broken", rewarm=2)

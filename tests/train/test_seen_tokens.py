@@ -18,7 +18,7 @@ from openm6.core.batch import pad
 from openm6.inference.session import Session
 from openm6.model.cache import prefill
 from openm6.model.files import load_model
-from openm6.tasks.card import read_taught
+from openm6.tasks.card import read_seen_tokens
 from openm6.train.trainer import train
 from tests.train.conftest import SIZES, PowerCutError, cut_at, losses, tiny_recipe
 
@@ -71,19 +71,20 @@ def state(session: Session, word: str) -> torch.Tensor:
         return session.model.logits(found)[0]
 
 
+@pytest.mark.slow
 def test_a_model_says_what_it_has_met_in_training(base: Path, adapter: Path, tmp_path: Path) -> None:
     session = Session.load(base, "cpu", trainable=True)
-    taught = read_taught(base)
+    taught = read_seen_tokens(base)
     assert taught is not None and ids_of(session, KNOWN) <= taught and not ids_of(session, NEW) & taught
     assert {session.processor.tokenizer.answer_id, session.processor.tokenizer.end_id} <= taught
-    assert read_taught(adapter) == taught | ids_of(session, NEW)
+    assert read_seen_tokens(adapter) == taught | ids_of(session, NEW)
     quantize_model(adapter, tmp_path / "few", 8)
-    assert read_taught(tmp_path / "few") == read_taught(adapter)
+    assert read_seen_tokens(tmp_path / "few") == read_seen_tokens(adapter)
     data = [{"source": written(tmp_path, NEW), "task": "text_classification"}]
     more = tiny_recipe(tmp_path / "more", data=data, model={"path": str(base)}, steps=4, checkpoint_every=2)
     with pytest.raises(PowerCutError):
         train(more, cut_at(3))
-    assert read_taught(train(more)) == read_taught(adapter)
+    assert read_seen_tokens(train(more)) == read_seen_tokens(adapter)
 
 
 def test_words_that_are_new_to_the_model_are_learned_by_lora(base: Path, adapter: Path) -> None:

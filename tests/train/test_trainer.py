@@ -18,6 +18,7 @@ from tests.tasks.conftest import picture
 from tests.train.conftest import SIZES, PowerCutError, cut_at, logged, losses, tiny_recipe
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_a_usable_model_is_left(tmp_path: Path) -> None:
     model = train(tiny_recipe(tmp_path, steps=40, learning_rate=1e-2, checkpoint_every=40))
     first, last = losses(tmp_path)[1], losses(tmp_path)[40]
@@ -27,6 +28,7 @@ def test_the_loss_falls_and_a_usable_model_is_left(tmp_path: Path) -> None:
     assert isinstance(m6.run("vqa", photo=picture(), question="这是什么？"), str)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train(tiny_recipe(tmp_path / name, seed=seed, steps=3))
@@ -34,6 +36,7 @@ def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tmp_path: P
     assert losses(tmp_path / "a") != losses(tmp_path / "c")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cut", "optimizer"), [(2, "adamw"), (4, "adamw"), (4, "muon"), (5, "muon")])
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, cut: int, optimizer: str) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -48,6 +51,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, cut: int, optimi
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_packing_and_accumulation_change_no_loss(tmp_path: Path) -> None:
     variants: dict[str, dict[str, Any]] = {
         "packed": {}, "padded": {"packing": False}, "in parts": {"accumulate": 4}, "in threads": {"workers": 2},
@@ -85,6 +89,7 @@ def test_a_learning_rate_that_is_far_too_high_is_told(tmp_path: Path) -> None:
         train(tiny_recipe(tmp_path, steps=60, learning_rate=30.0, warmup=0, schedule="constant"))
 
 
+@pytest.mark.slow
 def test_a_source_that_joins_late_may_raise_the_loss(tmp_path: Path) -> None:
     data = [
         {"source": "digits/train", "task": "vqa"},
@@ -103,6 +108,7 @@ def test_bad_records_are_written_down_and_passed_over(tmp_path: Path) -> None:
     assert "truncated or damaged" in rejects[0]["reason"]
 
 
+@pytest.mark.slow
 def test_the_end_of_a_run_tells_what_was_cut_and_what_was_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +160,7 @@ def test_a_slot_that_may_be_left_out_needs_no_column(tmp_path: Path) -> None:
     assert train(tiny_recipe(tmp_path / "run", data=data, steps=1)).is_dir()
 
 
+@pytest.mark.slow
 def test_learned_positions_end_where_they_end(tmp_path: Path) -> None:
     model: dict[str, Any] = {
         "preset": "demo", "sizes": {**SIZES, "positions": "learned", "max_position_embeddings": 64},
@@ -184,6 +191,7 @@ def _photos(folder: Path, good: int, broken: int) -> Path:
     return folder / "data.jsonl"
 
 
+@pytest.mark.slow
 def test_energy_is_told_with_what_is_known_of_it(tmp_path: Path) -> None:
     told = {}
     for country in ("CHN", "FRA"):
@@ -201,6 +209,7 @@ def test_energy_is_told_with_what_is_known_of_it(tmp_path: Path) -> None:
         train(tiny_recipe(tmp_path / "nowhere", country="XYZ"))
 
 
+@pytest.mark.slow
 def test_pictures_that_are_frozen_have_no_gradients(tmp_path: Path) -> None:
     """None are summed up in the norm that the others are clipped by; what is left is a whole model."""
     base = train(tiny_recipe(tmp_path / "base", steps=1))

@@ -58,6 +58,7 @@ def test_the_same_seed_gives_the_same_records_and_another_seed_others() -> None:
         assert other["person"] != record(3, "train", 7)["person"]
 
 
+@pytest.mark.slow
 def test_varied_garments_have_colours_of_their_own() -> None:
     shares = {}
     for split in ("train", "varied"):
@@ -104,6 +105,7 @@ def test_the_result_is_the_same_picture_but_for_the_garment() -> None:
         assert 0.03 < (np.abs(person - result).max(2) > 30).mean() < 0.5
 
 
+@pytest.mark.slow
 def test_the_garment_has_in_the_result_the_colour_of_its_picture() -> None:
     for split, index in product(("train", "test"), range(60)):
         found = record(0, split, index)

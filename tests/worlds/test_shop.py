@@ -19,6 +19,7 @@ def goods() -> _Goods:
     return _Goods("test", 0, 1000)
 
 
+@pytest.mark.slow
 def test_test_goods_are_held_out_and_train_goods_are_not(goods: _Goods) -> None:
     assert set(goods.items) <= HELD_OUT
     assert not set(_Goods("train", 0, 500).items) & HELD_OUT
@@ -34,6 +35,7 @@ def test_a_look_is_in_picture_and_text_together(goods: _Goods) -> None:
         assert (bold == "素") == (item.pattern == PATTERNS[0])
 
 
+@pytest.mark.slow
 def test_pairs_share_a_look_more_often_than_chance(goods: _Goods) -> None:
     pairs = open_source("shop:pairs/test?records=200")
     share = np.mean([pair["look"] == pair["other_look"] for pair in pairs])
@@ -43,6 +45,7 @@ def test_pairs_share_a_look_more_often_than_chance(goods: _Goods) -> None:
     assert first["photo"] != first["other_photo"] and first["photo"][:2] == b"\xff\xd8"
 
 
+@pytest.mark.slow
 def test_visits_name_goods_of_the_shop_and_what_was_bought_was_shown() -> None:
     known = {record["id"] for record in open_source("shop:items/train")}
     few, more = (list(open_source(f"shop:visits/test?records={n}")) for n in (5, 9))
@@ -53,6 +56,7 @@ def test_visits_name_goods_of_the_shop_and_what_was_bought_was_shown() -> None:
         assert {*visit["history"], *visit["shown"]} <= known
 
 
+@pytest.mark.slow
 def test_a_phrase_means_one_of_eight_alone(goods: _Goods) -> None:
     rows = open_shop("references", "test", 0)
     for number in range(100):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from openm6.core.images import sketch
@@ -29,6 +30,7 @@ def test_no_training_picture_shows_a_held_out_combination() -> None:
         assert all(inside) if split == "test" else not any(inside)
 
 
+@pytest.mark.slow
 def test_controls_fit_their_picture() -> None:
     records = list(iterate(open_catalogue("studio", pictures=1200)))
     by_image = {r["image"]: r for r in records}
@@ -45,6 +47,7 @@ def test_controls_fit_their_picture() -> None:
     assert np.array_equal(np.asarray(lines), np.asarray(sketch(records[0]["image"], 64)))
 
 
+@pytest.mark.slow
 def test_a_wrong_caption_is_wrong_in_one_attribute_and_of_its_split() -> None:
     held_out = {(i.category, i.colour + "色", i.pattern) for i in HELD_OUT}
     for split in ("train", "test"):

@@ -22,6 +22,7 @@ def test_records_depend_on_seed_split_and_number_alone() -> None:
         assert picture.size == (HEIGHT * len(record["text"]), HEIGHT) and 2 <= len(record["text"]) <= 4
 
 
+@pytest.mark.slow
 def test_words_of_the_test_split_are_its_own() -> None:
     train, test = ({r["text"] for r in open_source(f"writing/{s}?records=2000")} for s in ("train", "test"))
     assert not train & test and {c for t in train for c in t} == set(STROKES)
