@@ -253,6 +253,7 @@ def test_labels_of_texts_speak_of_texts_and_those_of_pictures_of_pictures(tmp_pa
             run(command, "labels", tmp_path / own, labels)
 
 
+@pytest.mark.slow
 def test_the_command_and_what_cannot_be(session: Session, items: Path, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("只要\n\n不\n", "utf-8")
     words = ["copy", "batch", str(session.path), "--items", str(items), "--output", str(tmp_path / "out"), "-n", "2",

@@ -52,6 +52,7 @@ def by_hand(base: Path, adapter: Path) -> dict[str, Tensor]:
     return weights
 
 
+@pytest.mark.slow
 def test_an_adapter_is_loaded_with_the_model_beneath(base: Path, adapter: Path) -> None:
     assert not (adapter / "model.safetensors").exists() and not (adapter / "tokenizer.json").exists()
     size = (adapter / "adapter_model.safetensors").stat().st_size

@@ -59,6 +59,7 @@ def said(model: Path, batch: Batch) -> Tensor:
         return session.model.logits(session.model(batch).hidden.flatten(0, 1)[(batch.labels != IGNORE).flatten()])
 
 
+@pytest.mark.slow
 def test_what_a_teacher_says_is_its_own_distribution_at_the_trained_positions(teacher: Path) -> None:
     session = Session.load(teacher, trainable=True)
     batch = asked(session, 10)

@@ -59,6 +59,7 @@ def test_a_model_learns_a_task_from_a_file_and_stops_by_itself(base: Path, revie
     assert session.run("text_classification", text="很好") in ("好", "差")
 
 
+@pytest.mark.slow
 def test_spellings_of_a_label_are_one_class_and_classes_are_told_before_training(base: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({"text": f"第{n}条", "label": "正面 "[: 3 - n % 2]}) + "\n" for n in range(8)))

@@ -87,6 +87,7 @@ def test_a_model_says_what_it_has_met_in_training(base: Path, adapter: Path, tmp
     assert read_seen_tokens(train(more)) == read_seen_tokens(adapter)
 
 
+@pytest.mark.slow
 def test_words_that_are_new_to_the_model_are_learned_by_lora(base: Path, adapter: Path) -> None:
     told = losses(adapter.parent)
     assert told[max(told)] < 0.2 * told[1]
