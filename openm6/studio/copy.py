@@ -158,7 +158,11 @@ def make_copy(
                 for number in sorted(repeated.keys() & set(group)):
                     rejects.count(review.place_of(source, number, source[number]), repeated[number], source.name)
                 alone = [number for number in group if number not in repeated]
-                asked = dict(review.usable(session, chosen, ask, source, alone, rejects, explain=explain))
+                asked = dict(
+                    review.usable(
+                        session, chosen, ask, source, alone, rejects, decoding=asdict(options), explain=explain
+                    )
+                )
                 if not done.issuperset(asked):
                     own = {**asdict(options), "seed": review.seed_of(options.seed, group.start)}
                     limits = {n: _limits(session, chosen, row, values, rules, id_column) for n, row in asked.items()}

@@ -102,7 +102,9 @@ def make_batch(
         with open(output / review.CANDIDATES, "a", encoding="utf-8") as file:
             for group in review.groups(len(source), max(1, ROWS // candidates)):
                 inputs = partial(_inputs_of, view)
-                asked = dict(review.usable(session, chosen, inputs, source, group, rejects, truncate=truncate))
+                asked = dict(
+                    review.usable(session, chosen, inputs, source, group, rejects, decoding=decoding, truncate=truncate)
+                )
                 if not done.issuperset(asked):
                     # A group is drawn whole with its own seed, so that its pictures do not depend on interruptions.
                     own = {**decoding, "seed": review.seed_of(options.seed, group.start)}

@@ -91,16 +91,18 @@ def usable(
     numbers: Iterable[int],
     rejects: Rejects,
     *,
+    decoding: Mapping[str, Any],
     truncate: str | None = None,
     explain: Callable[[DataError, str, Record], str] = lambda error, where, record: str(error),
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, inputs by slot) of the valid records among these numbers; the others are counted in `rejects` with the
-    reason from `explain`. `ask` gives the inputs of a record and may raise DataError. `truncate`: see Session.run."""
+    reason from `explain`. `ask` gives the inputs of a record and may raise DataError. `decoding`,
+    `truncate`: see Session.run; a record is valid if its answer has room with these options."""
     for number in numbers:
         record = source[number]
         try:
             asked = ask(record)
-            session.prepare(task, Request(asked, truncate=truncate))
+            session.prepare(task, Request(asked, truncate=truncate, decoding=decoding))
         except DataError as error:
             where = place_of(source, number, record)
             rejects.count(where, explain(error, where, record), source.name)

@@ -21,7 +21,7 @@ from openm6.studio.copy import make_copy, write_labelled_copy
 from openm6.studio.review import batch_folder
 from openm6.train.trainer import train
 from openm6.worlds.market import open_market
-from tests.conftest import command as run
+from tests.conftest import command as run, drawing_session
 from tests.train.conftest import tiny_recipe
 
 COLOURS = "红橙黄绿蓝紫粉黑"
@@ -272,3 +272,13 @@ def test_the_command_and_what_cannot_be(session: Session, items: Path, tmp_path:
     with pytest.raises(UsageError, match="cannot be"):
         make_copy(session, "product_copy", items, tmp_path / "a", least=9, most=4)
     assert not (tmp_path / "a").exists()
+
+
+def test_an_item_that_leaves_no_room_for_the_text_asked_for_costs_one_item(tmp_path: Path) -> None:
+    writer = drawing_session(200, positions="learned", max_position_embeddings=256)
+    writer.tasks["product_copy"] = writer.task("product_copy")
+    (tmp_path / "items.csv").write_text(f"品类,颜色\n手套,蓝色\n帽子,{'红色的' * 30}\n", "utf-8")
+    options = {"candidates": 1, "facts": False, "decoding": {"max_new_tokens": 180}}
+    told = make_copy(writer, "product_copy", tmp_path / "items.csv", tmp_path / "out", **options)
+    assert (told["items"], told["bad"]) == (1, 1)
+    assert "items.csv:3 is too long" in lines_of(tmp_path / "out", "rejects.jsonl")[0]["reason"]
