@@ -89,7 +89,7 @@ TINY: dict[str, Tiny] = {
     ),
     "packing": lambda b, runs: b.run(str(runs / "facts.yaml"), {"demo": 1}, 4),
     "scale": lambda b, _: b.run([(1, {}), (2, {"sharding": "zero3", "experts": 2})], LAYER, 16),
-    "serve": lambda b, runs: b.run(b.Load((1,), 0.2, (0.5,), servers=1, asked=42), runs),
+    "serve": lambda b, runs: b.run(b.Load((1,), 0.2, (0.5,), servers=1, asked=42, warm=0.1), runs),
     "sharing": lambda b, _: b.run((1,), LAYER, 1),
     "sketch": lambda b, runs: b.run(runs, ("facts",), asked=4, steps=1, seeds=1),
     "sparse_attention": lambda b, _: b.run("cpu", 16),
