@@ -41,13 +41,14 @@ NEW = 32
 @dataclass(frozen=True)
 class Load:
     """The load: concurrent clients, seconds each time, shares of the peak; for the overhead servers, and requests
-    of each, of which the first 40 are warm-up."""
+    of each, of which the first 40 are warm-up; seconds of warm-up of the others."""
 
     clients: tuple[int, ...] = (1, 4, 16, 64)
     seconds: float = 8.0
     shares: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5, 2.0)
     servers: int = 7
     asked: int = 200
+    warm: float = 1.0
 
 
 WHOLE = Load()
@@ -91,7 +92,7 @@ def _compared(load: Load, what: str, sides: dict[str, tuple[Callable[[], Any], R
         found = {}
         for name, (started, requests) in sides.items():
             with started() as url:
-                uvloop.run(_load(url, requests, 2, 1.0))  # warm
+                uvloop.run(_load(url, requests, 2, load.warm))  # warm
                 found[name] = uvloop.run(_load(url, requests, clients, load.seconds))
         for name, measured in found.items():
             peer = next(other for other in found if other != name)
@@ -143,7 +144,7 @@ def _curve(load: Load, model: Path, mixed: Items) -> list[dict[str, Any]]:
     """Open loop: the peak by the most clients, then requests at shares of it."""
     requests, rows = _openm6(mixed), []
     with _served(model)() as url:
-        uvloop.run(_load(url, requests, 8, 2.0))  # warm
+        uvloop.run(_load(url, requests, 8, 2 * load.warm))  # warm
         peak, *_ = uvloop.run(_load(url, requests, max(load.clients), load.seconds))
         for share in load.shares:
             measured = uvloop.run(_arriving(url, requests, share * peak, load.seconds))

@@ -25,7 +25,7 @@ import numpy as np
 
 from openm6.core.bases import base_of, require_model
 from openm6.core.errors import OpenM6Error, UsageError, suggest
-from openm6.core.files import publish, require_new, write_file, write_json, write_whole
+from openm6.core.files import lock_output, publish, require_new, write_file, write_json, write_whole
 from openm6.data.columns import SlotView
 from openm6.data.overlap import digest
 from openm6.data.source import Source, open_source
@@ -209,8 +209,6 @@ def learn(
 
     Returns the measurements, and whether the version was promoted. Raises UsageError without enough answers.
     """
-    from filelock import FileLock, Timeout
-
     device = EdgeDevice(path)
     if device.settings.privacy == NOTHING:
         raise UsageError("This device sends nothing, so it has no answers to learn from (privacy in edge.toml).")
@@ -219,18 +217,15 @@ def learn(
             f"{path} was copied without {VERSIONS}/{device.version}/model, which is trained: put its kept.sqlite into "
             "the folder that has the model, and learn there."
         )
-    try:
-        with FileLock(device.path / "learning.lock", timeout=0):
-            plan: dict[str, Any] | None = None
-            with suppress(OSError, ValueError):
-                plan = json.loads((device.path / LEARNING / "plan.json").read_text("utf-8"))
-            if plan is None or plan["from"] != device.version:
-                shutil.rmtree(device.path / LEARNING, ignore_errors=True)
-                options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
-                plan = _begin(device, data or {}, options)
-            return _round(device, plan)
-    except Timeout:
-        raise UsageError(f"{path} is learning already, in another process.") from None
+    with lock_output(device.path / LEARNING):
+        plan: dict[str, Any] | None = None
+        with suppress(OSError, ValueError):
+            plan = json.loads((device.path / LEARNING / "plan.json").read_text("utf-8"))
+        if plan is None or plan["from"] != device.version:
+            shutil.rmtree(device.path / LEARNING, ignore_errors=True)
+            options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+            plan = _begin(device, data or {}, options)
+        return _round(device, plan)
 
 
 def _round(device: EdgeDevice, plan: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from openm6.cli import commands
 from openm6.compress.cascade import _stored_answers, _trained, calibrate_task, create_device, learn, open_kept_source
 from openm6.core.errors import UsageError
-from openm6.core.files import dumps
+from openm6.core.files import dumps, lock_output
 from openm6.core.images import ImageGrid
 from openm6.core.tokenizer import Tokenizer
 from openm6.data.store import Record
@@ -51,7 +51,7 @@ def _photo(number: int) -> bytes:
 @pytest.fixture(scope="module")
 def model(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    config = tiny_config(vocab_size=tokenizer.vocab_size, image_embedder="stem", stem_widths=[8, 8, 16], qk_norm=True)
+    config = tiny_config(vocab_size=tokenizer.vocab_size, num_hidden_layers=1, qk_norm=True)
     place = tmp_path_factory.mktemp("cascade") / "model"
     Session(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 96), [get("vqa"), get("caption")]).save(place)
     return place
@@ -205,6 +205,8 @@ def test_a_device_without_its_model_answers_and_says_that_it_cannot_learn(device
 def test_what_cannot_be_learned(device: Path, known: Path) -> None:
     with pytest.raises(UsageError, match="has 0 stored answers"):
         learn(device)
+    with lock_output(device / "learning"), pytest.raises(UsageError, match="learning is being written by another"):
+        learn(device)
     _keep(device, 20)
     with pytest.raises(UsageError, match="has 20 stored answers"):
         learn(device)
@@ -226,7 +228,7 @@ def test_what_cannot_be_learned(device: Path, known: Path) -> None:
 def test_killed_it_goes_on(wait_for: str, device: Path) -> None:
     """kill -9 in the midst of training, and behind it: the version before answers, and the round is finished later."""
     _keep(device, 80)
-    words = ["cascade", "learn", str(device), "--steps", "30", "--batch-size", "16", "--learning-rate", "3e-3"]
+    words = ["cascade", "learn", str(device), "--steps", "60", "--batch-size", "16", "--learning-rate", "3e-3"]
     process = subprocess.Popen(
         [sys.executable, "-m", "openm6", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -255,6 +257,7 @@ def test_the_commands(model: Path, known: Path, tmp_path: Path) -> None:
     run = partial(command, "cascade")
     place = tmp_path / "device"
     words = ["--cloud", "http://c:1", "--bits", "32", "--set", "keep_mb=7", "--set", "name=a"]
+    words += ["--set", "privacy=nothing", "--set", "cloud=http://b:1", "--privacy", "all"]  # an option goes before it
     run("init", place, "--model", model, *words)
     assert EdgeDevice(place).settings == Settings(cloud="http://c:1", keep_mb=7, name="a")
     assert "% deferred, " in run("calibrate", place, "--task", "vqa", "--data", known, "--records", 60).output
@@ -271,16 +274,16 @@ def test_the_commands(model: Path, known: Path, tmp_path: Path) -> None:
         run("calibrate", place, "--task", "vqa", "--data", known, "--max-loss", "few")
 
 
-def test_what_is_set_holds_and_an_option_goes_before_it(model: Path, tmp_path: Path) -> None:
-    place, run = tmp_path / "device", partial(command, "cascade", "init")
+def test_what_is_set_holds(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    config = tiny_config(vocab_size=tokenizer.vocab_size, num_hidden_layers=1, image_embedder="none")
+    model, place = tmp_path / "model", tmp_path / "device"
+    Session(M6(config), Processor(tokenizer, ImageGrid(8, 16), 96), [get("infilling")]).save(model)
     words = ["--bits", "32", "--set", "privacy=nothing", "--set", "cloud=", "--set", 'model=a"\\b', "--set", "name=007"]
-    run(place, "--model", model, *words, "--set", "offline=true", "--set", "audit_rate=0.5", "--set", 'key="M6_KEY"')
+    words += ["--set", "offline=true", "--set", "audit_rate=0.5", "--set", 'key="M6_KEY"']
+    command("cascade", "init", place, "--model", model, *words)
     assert EdgeDevice(place).settings == Settings(
         privacy="nothing", name="007", model='a"\\b', offline=True, audit_rate=0.5, key="M6_KEY"
     )
-    words = ["--set", "privacy=nothing", "--set", "cloud=http://a:1", "--privacy", "all", "--cloud", "http://b:1"]
-    run(tmp_path / "other", "--model", model, "--bits", "32", *words)
-    assert EdgeDevice(tmp_path / "other").settings == Settings(cloud="http://b:1")
 
 
 def test_the_program_of_a_device(device: Path, tmp_path: Path) -> None:

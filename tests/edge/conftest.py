@@ -13,18 +13,27 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from openm6.compress.cascade import create_device
+from openm6.core.images import ImageGrid
+from openm6.core.tokenizer import Tokenizer
 from openm6.edge.calibration import ConfidenceCalibrator
 from openm6.edge.cascade import Cascade
 from openm6.edge.device import Settings, settings_of, settings_toml
 from openm6.edge.runner import EdgeModel
+from openm6.inference.session import Session
+from openm6.model import M6
+from openm6.tasks.library import get
+from openm6.tasks.processor import Processor
+from tests.conftest import tiny_config
 from tests.tasks.conftest import picture, tokenizer
 
 __all__ = ["tokenizer"]
@@ -47,6 +56,7 @@ class CloudServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # it holds an answer's body back for 40 ms
 
             def setup(self) -> None:
                 super().setup()
@@ -87,7 +97,7 @@ class CloudServer:
 
         self.http = Quiet(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     def drop_connections(self) -> None:
         """As a server does that ends."""
@@ -107,12 +117,53 @@ def server() -> Iterator[CloudServer]:
     found.close()
 
 
-@pytest.fixture(scope="module")
+ASKED: dict[str, dict[str, Any]] = {
+    "vqa": {"photo": picture(40, 24), "question": "图中的商品是什么颜色？"}, "caption": {"photo": picture(seed=1)},
+    "text_classification": {"text": "很好"}, "item_vector": {"photo": picture(), "title": "红色的帽子"},
+    "grounding": {"photo": picture(), "phrase": "帽子"},
+}  # fmt: skip
+
+
+class ExactSession(Session):
+    """A session that computes in fp32, as an ONNX bundle does, on a machine with bf16 units too."""
+
+    def precision(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+@pytest.fixture(scope="session")
+def session(tokenizer: Tokenizer) -> Session:
+    torch.manual_seed(1)
+    config = tiny_config(vocab_size=tokenizer.vocab_size, image_embedder="stem", stem_widths=[8, 8, 16], qk_norm=True,
+                         num_key_value_heads=2)  # fmt: skip
+    tasks = [get(name) for name in ASKED if name != "text_classification"]
+    tasks.append(get("text_classification").with_labels({"label": ["好", "不好", "还行"]}))
+    made = ExactSession(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 96), tasks)
+    with torch.no_grad():
+        for name, parameter in made.model.named_parameters():
+            parameter.mul_(3 if parameter.ndim == 2 and "image" not in name else 1)
+    return made
+
+
+@pytest.fixture(scope="session")
+def model(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("edge") / "model"
+    session.save(place)
+    return place
+
+
+@pytest.fixture(scope="session")
 def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An edge device, its task vqa calibrated so that hardly anything is sure."""
+    """An edge device with the image encoder of its cloud; tests copy it."""
     place = tmp_path_factory.mktemp("device") / "device"
     create_device(place, model, Settings(), None, model)
     return place
+
+
+@pytest.fixture(scope="session")
+def package(made: Path) -> Path:
+    """The ONNX bundle of `model` in 32 bits; tests copy it."""
+    return made / "versions/0001/package"
 
 
 QUESTIONS = [f"问题{number % 17}{'问' * (number % 5)}" for number in range(85)]

@@ -19,13 +19,10 @@ from openm6.edge.device import EdgeDevice
 from openm6.edge.opening import store_summary
 from openm6.edge.service import make_app
 from tests.conftest import full_disk
-from tests.edge.conftest import PHOTO, QUESTIONS, CloudServer, Make
-from tests.edge.test_edge import ASKED, model, session
+from tests.edge.conftest import ASKED, PHOTO, QUESTIONS, CloudServer, Make
 from tests.tasks.conftest import picture
 
 pytestmark = pytest.mark.slow
-
-__all__ = ["model", "session"]
 
 QUESTION = "图中的商品是什么颜色？"
 

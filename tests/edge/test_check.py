@@ -22,13 +22,10 @@ from openm6.edge.status import read_state
 from openm6.serve.keys import Keys
 from openm6.serve.server import Options
 from openm6.serve.wire import Place
-from tests.edge.conftest import CloudServer, Make, interrupt_write, wait_until
-from tests.edge.test_edge import ASKED, model, session
+from tests.edge.conftest import ASKED, CloudServer, Make, interrupt_write, wait_until
 from tests.serve.test_api import Served
 
 pytestmark = pytest.mark.slow
-
-__all__ = ["model", "session"]
 
 SUBJECTS = ["package", "store", "disk", "key", "cloud", "model", "clock"]
 PAGES = {"/v1/models": {"data": [{"id": "m6", "image_encoder": "0" * 16}]}, "/v1/tasks/vqa": {"outputs": ["answer"]}}

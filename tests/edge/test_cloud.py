@@ -11,14 +11,11 @@ import pytest
 
 from openm6.edge.cascade import CLOUD, EDGE, Cascade
 from openm6.edge.cloud import PAUSES, REASONS, Cloud, CloudError
-from tests.edge.conftest import CloudServer, Make, count_learned
+from tests.edge.conftest import ASKED, CloudServer, Make, count_learned
 from tests.edge.test_cascade import _ask
-from tests.edge.test_edge import ASKED, model, session
 from tests.processes import free_port
 
 pytestmark = pytest.mark.slow
-
-__all__ = ["model", "session"]
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,9 @@ from openm6.edge.cascade import CLOUD, EDGE
 from openm6.edge.device import EdgeDevice, Settings, settings_of, settings_toml
 from openm6.edge.service import key_of, make_app, serve
 from openm6.inference.session import Session
-from tests.edge.conftest import CloudServer, Make, count_learned
-from tests.edge.test_edge import ASKED, model, session
+from tests.edge.conftest import ASKED, CloudServer, Make, count_learned
 
 pytestmark = pytest.mark.slow
-
-__all__ = ["model", "session"]
 
 QUESTION = "图中的商品是什么颜色？"
 

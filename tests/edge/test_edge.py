@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from openm6.core.batch import pad
 from openm6.core.errors import ContextLengthError, OpenM6Error, UsageError
 from openm6.core.images import ImageGrid
 from openm6.core.tokenizer import Tokenizer
+from openm6.edge.device import IMAGE_ENCODER
 from openm6.edge.graph import Graph
-from openm6.edge.package import export, export_image_encoder, quantize_bundle, smaller_variant_hint
+from openm6.edge.package import export, quantize_bundle, smaller_variant_hint
 from openm6.edge.program import main
 from openm6.edge.runner import FORMAT, EdgeModel, ImageEncoder
 from openm6.inference.session import Session
@@ -32,49 +32,9 @@ from openm6.model.cache import prefill, step
 from openm6.tasks.library import get
 from openm6.tasks.processor import Processor
 from tests.conftest import EXPERTS, drawing_session, example, tiny_config, tiny_model
-from tests.tasks.conftest import picture
+from tests.edge.conftest import ASKED, ExactSession
 
 pytestmark = pytest.mark.slow
-
-ASKED: dict[str, dict[str, Any]] = {
-    "vqa": {"photo": picture(40, 24), "question": "图中的商品是什么颜色？"}, "caption": {"photo": picture(seed=1)},
-    "text_classification": {"text": "很好"}, "item_vector": {"photo": picture(), "title": "红色的帽子"},
-    "grounding": {"photo": picture(), "phrase": "帽子"},
-}  # fmt: skip
-
-
-class ExactSession(Session):
-    """A session that computes in fp32, as an ONNX bundle does, on a machine with bf16 units too."""
-
-    def precision(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-
-@pytest.fixture(scope="module")
-def session(tokenizer: Tokenizer) -> Session:
-    torch.manual_seed(1)
-    config = tiny_config(vocab_size=tokenizer.vocab_size, image_embedder="stem", stem_widths=[8, 8, 16], qk_norm=True,
-                         num_key_value_heads=2)  # fmt: skip
-    tasks = [get(name) for name in ASKED if name != "text_classification"]
-    tasks.append(get("text_classification").with_labels({"label": ["好", "不好", "还行"]}))
-    made = ExactSession(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 96), tasks)
-    with torch.no_grad():
-        for name, parameter in made.model.named_parameters():
-            parameter.mul_(3 if parameter.ndim == 2 and "image" not in name else 1)
-    return made
-
-
-@pytest.fixture(scope="module")
-def model(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("edge") / "model"
-    session.save(place)
-    return place
-
-
-@pytest.fixture(scope="module")
-def package(model: Path) -> Path:
-    export(model, model.with_name("package"))
-    return model.with_name("package")
 
 
 @pytest.mark.parametrize(
@@ -177,16 +137,13 @@ def test_a_slot_of_the_program_has_one_value(
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_in_few_bits_it_is_smaller_and_nearly_the_same(
-    bits: int, model: Path, package: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    place = model.with_name(f"package-{bits}")
-    told = export(model, place, bits)
+def test_in_few_bits_it_is_smaller_and_nearly_the_same(bits: int, package: Path, tmp_path: Path) -> None:
+    place = tmp_path / "few"
+    told = quantize_bundle(package, place, bits)
     assert told["bits"] == bits
     sizes = [sum((one / f"{name}.onnx").stat().st_size for name in ("model", "picture")) for one in (package, place)]
     assert sizes[1] < 0.6 * sizes[0]  # so small a network is half names of operations
     assert told["graph_bytes"]["32"] == sizes[0] and told["graph_bytes"][str(bits)] == sizes[1]
-    assert bool(smaller_variant_hint(told)) == ("bits gain nothing here" in caplog.text)
     # No weight is stored twice: the output matrix, which is the embedding too, stays in 8 bits.
     names = {one.name for one in onnx.load(place / "model.onnx").graph.initializer}
     assert "head_DV.int8" in names and not {"head_DV", "head_DV_Q4"} & names
@@ -195,14 +152,22 @@ def test_in_few_bits_it_is_smaller_and_nearly_the_same(
     vectors = [one.run("item_vector", **ASKED["item_vector"]) for one in (whole, few)]
     assert vectors[0] @ vectors[1] > (0.99 if bits == 8 else 0.9)
     assert few.run("text_classification", text="很好") in ("好", "不好", "还行")
-    # From the package of 32 bits the same is made without the model.
-    again = model.with_name(f"rounded-{bits}")
-    assert quantize_bundle(package, again, bits)["bits"] == bits
-    files = [sorted(file.relative_to(one) for file in one.rglob("*")) for one in (place, again)]
-    assert files[0] == files[1] and (place / "edge.json").read_bytes() == (again / "edge.json").read_bytes()
-    assert (EdgeModel(again).run("item_vector", **ASKED["item_vector"]) == vectors[1]).all()
     with pytest.raises(UsageError, match=f"has {bits} bits"):
-        quantize_bundle(again, model.with_name("never"), 4)
+        quantize_bundle(place, tmp_path / "never", 4)
+
+
+def test_an_export_in_few_bits_is_the_bundle_of_the_same_model_rounded(
+    model: Path, package: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In 4 bits, which measures 8 too."""
+    exported, rounded = tmp_path / "exported", tmp_path / "rounded"
+    told = export(model, exported, 4)
+    assert bool(smaller_variant_hint(told)) == ("bits gain nothing here" in caplog.text)
+    assert quantize_bundle(package, rounded, 4) == told
+    files = [sorted(file.relative_to(one) for file in one.rglob("*")) for one in (exported, rounded)]
+    assert files[0] == files[1] and (exported / "edge.json").read_bytes() == (rounded / "edge.json").read_bytes()
+    vectors = [EdgeModel(one).run("item_vector", **ASKED["item_vector"]) for one in (exported, rounded)]
+    assert (vectors[0] == vectors[1]).all()
 
 
 def test_other_shapes_are_rounded_too(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -271,7 +236,7 @@ def test_a_file_that_is_not_the_one_that_was_exported_is_refused_by_its_name(pac
             EdgeModel(place)
 
 
-def test_parts_of_two_packages_are_refused(package: Path, model: Path, tmp_path: Path) -> None:
+def test_parts_of_two_packages_are_refused(package: Path, made: Path, tmp_path: Path) -> None:
     """The pictures' graph of a package in few bits beside the network of one in 32, and the other way around."""
     quantize_bundle(package, tmp_path / "other", 8)
     mixed = Path(shutil.copytree(package, tmp_path / "mixed"))
@@ -280,7 +245,7 @@ def test_parts_of_two_packages_are_refused(package: Path, model: Path, tmp_path:
         EdgeModel(mixed)
     with pytest.raises(OpenM6Error, match="picture.onnx is not the file that was exported"):
         quantize_bundle(mixed, tmp_path / "never", 8)
-    export_image_encoder(model, tmp_path / "image_encoder")
+    shutil.copytree(made / IMAGE_ENCODER, tmp_path / "image_encoder")
     assert ImageEncoder(tmp_path / "image_encoder").name == EdgeModel(package).image_encoder.name
     shutil.copy(tmp_path / "other/picture.onnx", tmp_path / "image_encoder")
     with pytest.raises(OpenM6Error, match="picture.onnx is not the file that was exported"):

@@ -15,12 +15,9 @@ from openm6.edge.answer_store import new_key
 from openm6.edge.cascade import CLOUD, EDGE, Cascade, Reply
 from openm6.edge.device import EdgeDevice, settings_of, settings_toml
 from openm6.edge.service import make_app
-from tests.edge.conftest import CloudServer, Make, calibrate
-from tests.edge.test_edge import ASKED, model, session
+from tests.edge.conftest import ASKED, CloudServer, Make, calibrate
 
 pytestmark = pytest.mark.slow
-
-__all__ = ["model", "session"]
 
 PHOTO, QUESTION = ASKED["vqa"]["photo"], "图中的商品是什么颜色？"
 

@@ -29,12 +29,9 @@ from openm6.edge.opening import open_answer_store, open_store
 from openm6.edge.program import main
 from openm6.edge.service import Guard
 from tests.conftest import command
-from tests.edge.conftest import interrupt_write, wait_until
-from tests.edge.test_edge import ASKED, model, session
+from tests.edge.conftest import ASKED, interrupt_write, wait_until
 
 pytestmark = pytest.mark.slow
-
-__all__ = ["model", "session"]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from openm6.inference.session import Session
 from openm6.model.files import image_encoder_id, load_model
 from openm6.train.trainer import train
 from tests.data.conftest import source_package
-from tests.edge.test_edge import model, session
+from tests.edge.conftest import model, session
 from tests.tasks.conftest import picture, tokenizer
 from tests.train.conftest import tiny_recipe
 

@@ -55,7 +55,7 @@ def test_the_recipe_and_the_commands_run_in_their_order(tmp_path: Path, monkeypa
     for block in blocks("bash"):
         for line in block.splitlines():
             line = line.replace("runs/vectors", "runs/goods").replace(
-                "shop:visits/train", "shop:visits/train?records=200"
+                "shop:visits/train", "shop:visits/train?records=60"
             )
             done = CliRunner().invoke(commands(), shlex.split(line, comments=True)[1:])
             assert done.exit_code == 0, (line, done.output, done.exception)
