@@ -1,8 +1,16 @@
 """Modules that most commands import: loaded once, by the server that forks (tests/processes.py), without threads."""
 
-import torch.distributed.checkpoint  # noqa: F401
+import codecarbon.external.geography  # noqa: F401
+import cpuinfo  # noqa: F401
+import grain  # noqa: F401
+import huggingface_hub.serialization  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
+import torch._dynamo
+import torch.distributed.checkpoint
+import torch.utils.tensorboard  # noqa: F401
 
 import openm6.cli
 import openm6.inference.session
 import openm6.train.parallel
-import openm6.train.trainer  # noqa: F401
+import openm6.train.trainer
+import openm6.worlds.catalogue  # noqa: F401

@@ -55,6 +55,7 @@ class Scripted:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # the head and the body of an answer are written apart
 
             def do_GET(self) -> None:
                 name = self.path.partition("?")[0].rpartition("/")[2]

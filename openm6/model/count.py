@@ -12,24 +12,32 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
     Parts: embedding, attention, feed_forward (dense layers), experts, shared_experts, router, norms, image, head.
     """
+    d, layers = config.hidden_size, config.distinct_layers or config.num_hidden_layers
+    norm = d * (2 if config.norm == "layer" else 1)
+    learned = config.max_position_embeddings * d if config.positions == "learned" else 0
+    return {
+        "embedding": config.vocab_size * d + learned,
+        **_count_products(config),
+        "norms": (2 * layers + 1) * norm + (2 * layers * config.head_dim if config.qk_norm else 0),
+        "image": _count_image(config),
+        "head": (0 if config.tie_word_embeddings else config.vocab_size * d)
+        + sum((d + 1) * outputs for outputs in (config.heads or {}).values()),
+    }
+
+
+def _count_products(config: ModelConfig) -> dict[str, int]:
+    """The weights of the layers that every position meets."""
     d, f, layers = config.hidden_size, config.intermediate_size, config.distinct_layers or config.num_hidden_layers
     heads, kv, width, bias = config.num_attention_heads, config.num_key_value_heads, config.head_dim, int(config.bias)
     qkv, gates = (heads + 2 * kv) * width, 2 if config.activation == "swiglu" else 1
     feed_forward, per_width = gates * d * f + f * d + bias * (gates * f + d), (gates + 1) * d
     with_experts = sum(layer < layers for layer in config.expert_layers())
-    norm = d * (2 if config.norm == "layer" else 1)
-    learned = config.max_position_embeddings * d if config.positions == "learned" else 0
     return {
-        "embedding": config.vocab_size * d + learned,
         "attention": layers * (d * qkv + heads * width * d + bias * (qkv + d)),
         "feed_forward": (layers - with_experts) * feed_forward,
         "experts": with_experts * config.num_experts * per_width * config.expert_intermediate_size,
         "shared_experts": with_experts * per_width * config.shared_intermediate_size,
         "router": with_experts * config.num_experts * d,
-        "norms": (2 * layers + 1) * norm + (2 * layers * width if config.qk_norm else 0),
-        "image": _count_image(config),
-        "head": (0 if config.tie_word_embeddings else config.vocab_size * d)
-        + sum((d + 1) * outputs for outputs in (config.heads or {}).values()),
     }
 
 
@@ -47,7 +55,7 @@ def training_flops(config: ModelConfig, positions: int, pairs: int, trained: int
     positions: real ones (no padding). pairs: query-key pairs that the mask allows. trained: positions with a
     label (the only ones that reach the head). The image embedder is left out, so the figure is a little low.
     """
-    parts = count_parameters(config)
+    parts = _count_products(config)
     seen = parts["experts"] * config.experts_per_token / max(1, config.num_experts)
     weights = parts["attention"] + parts["feed_forward"] + parts["shared_experts"] + parts["router"] + seen
     weights *= config.num_hidden_layers / (config.distinct_layers or config.num_hidden_layers)  # shared, but run again

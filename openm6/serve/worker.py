@@ -177,7 +177,9 @@ def _listen(incoming: Any, turn: Lock, engine: Engine, power: dict[str, float], 
 
 def _measure(power: dict[str, float]) -> None:
     """Keep the energy of this process ("energy_kwh", "watts") in `power`, which stays empty without codecarbon. Runs in
-    a thread of its own, because the meter (core/energy.py) takes seconds to inspect the machine."""
+    a thread of its own, because the meter (core/energy.py) takes seconds to inspect the machine, and not before the
+    first requests, with which it would compete."""
+    time.sleep(POWER_EVERY)
     from openm6.core.energy import EnergyMeter
 
     meter, before, kwh = EnergyMeter(), time.monotonic(), 0.0

@@ -25,7 +25,7 @@ from openm6.train.parallel import Parallel
 from openm6.train.recipe import ParallelSection, TrainSection
 from tests.conftest import example, tiny_config
 
-STEPS = 4
+STEPS = 3
 
 
 def main(cases: dict[str, dict[str, Any]], output: Path) -> None:

@@ -24,28 +24,22 @@ OPENM6 = Path(sys.executable).with_name("openm6")
 
 
 def torchrun(recipe: Path, processes: int, *changes: str) -> None:
-    call(
+    command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
         "--no-python", str(OPENM6), "train", str(recipe), *changes,
-    )  # fmt: skip
-
-
-def by_forks(recipe: Path, processes: int, *changes: str) -> None:
-    """As by torchrun, without its start, which `test_two_processes_equal_one` has."""
-    run_ranks(processes, call_openm6, ["train", str(recipe), *changes])
-
-
-def own_launcher(recipe: Path, processes: int, *changes: str) -> None:
-    call(str(OPENM6), "train", str(recipe), *changes, "--processes", str(processes))
-
-
-def call(*command: str) -> None:
+    ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def by_forks(recipe: Path, processes: int, *changes: str) -> None:
+    """As by torchrun, without its start, which `test_two_processes_equal_one` has, or that of `--processes`, which
+    tests/train/test_launch.py has."""
+    run_ranks(processes, call_openm6, ["train", str(recipe), *changes])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("run", "accumulate"), [(torchrun, 2), (own_launcher, 1)])
+@pytest.mark.parametrize(("run", "accumulate"), [(torchrun, 2), (by_forks, 1)])
 def test_two_processes_equal_one(tmp_path: Path, run: Callable[..., None], accumulate: int) -> None:
     alone = tiny_recipe(tmp_path / "one", accumulate=accumulate)
     train(alone)
@@ -64,7 +58,7 @@ def test_two_processes_equal_one(tmp_path: Path, run: Callable[..., None], accum
 @pytest.mark.slow
 def test_pairs_of_two_processes_are_told_apart_from_all_others(tmp_path: Path) -> None:
     data = [{"source": "demo:items/train?pictures=40", "task": "text_vector", "against": "image_vector"}]
-    alone = tiny_recipe(tmp_path / "one", data=data, vectors={"dims": [8, 32]})
+    alone = tiny_recipe(tmp_path / "one", data=data, vectors={"dims": [8, 32]}, steps=3)
     train(alone)
     by_forks(recipe_file(alone, tmp_path), 2, f"output={tmp_path / 'two'}")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
@@ -78,7 +72,7 @@ def test_a_process_without_a_pair_and_one_without_a_target_go_on_together(tmp_pa
     ]
     experts = {"num_experts": 4, "experts_per_token": 1, "auxiliary_loss": 0.1}
     model = {"preset": "demo", "sizes": {**SIZES, **experts, "tie_word_embeddings": False}}
-    alone = tiny_recipe(tmp_path / "one", data=data, model=model, batch_size=4)
+    alone = tiny_recipe(tmp_path / "one", data=data, model=model, batch_size=4, steps=3)
     train(alone)
     for name, parallel in (("plain", "{sharding: none}"), ("sharded", "{sharding: zero3, experts: 2}")):
         by_forks(recipe_file(alone, tmp_path), 2, f"output={tmp_path / name}", f"parallel={parallel}")
@@ -98,7 +92,7 @@ def test_processes_with_other_kinds_of_pictures_go_on_together(tmp_path: Path) -
     tiles = {"picture_side": 4, "picture_tile": [4, 4]}
     experts = {"num_experts": 4, "experts_per_token": 1, "auxiliary_loss": 0.1, "bias_update": 0.01}
     model = {"preset": "demo", "codec": str(tmp_path / "codec"), "sizes": {**SIZES, **tiles, **experts}}
-    alone = tiny_recipe(tmp_path / "one", data=data, model=model, batch_size=4, row_length=160)
+    alone = tiny_recipe(tmp_path / "one", data=data, model=model, batch_size=4, row_length=160, steps=3)
     train(alone)
     for name, parallel in (("plain", "{sharding: none}"), ("sharded", "{sharding: zero3, experts: 2}")):
         by_forks(recipe_file(alone, tmp_path), 2, f"output={tmp_path / name}", f"parallel={parallel}")
@@ -109,7 +103,7 @@ def test_processes_with_other_kinds_of_pictures_go_on_together(tmp_path: Path) -
 def test_rows_of_new_tokens_are_trained_by_two_as_by_one(tmp_path: Path) -> None:
     base = train(tiny_recipe(tmp_path / "base", steps=2))
     data = [{"source": "demo:texts/train?pictures=40", "task": "text_continuation"}]
-    alone = tiny_recipe(tmp_path / "one", model={"path": str(base)}, adapt={"rank": 4}, data=data)
+    alone = tiny_recipe(tmp_path / "one", model={"path": str(base)}, adapt={"rank": 4}, data=data, steps=3)
     weights = load_file(train(alone) / "adapter_model.safetensors")
     assert any("trainable_tokens_delta" in name for name in weights)
     for sharding in ("none", "zero3"):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from openm6.train.trainer import train
-from tests.distributed.test_data_parallel import OPENM6
+from tests.processes import run_openm6
 from tests.train.conftest import losses, recipe_file, tiny_recipe
 
 
@@ -18,10 +17,7 @@ def test_two_workers_equal_one_process(tmp_path: Path) -> None:
     train(alone)
     recipe = recipe_file(alone, tmp_path)
     output = tmp_path / "ray"
-    done = subprocess.run(
-        [str(OPENM6), "train", str(recipe), f"output={output}", "--ray-workers", "2"],
-        capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+    done = run_openm6("train", recipe, f"output={output}", "--ray-workers", 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(output) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
     assert (output / "model" / "model.safetensors").is_file()

@@ -8,7 +8,9 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,15 @@ def model(session: Session, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.fixture(scope="module")
+def alone(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
+    """The text of a seed that the model writes without a server."""
+    place = tmp_path_factory.mktemp("alone") / "model"
+    session.save(place)
+    loaded = Session.load(place)
+    return cache(lambda seed: loaded.run("write", text="红色", decoding=sampled(seed)["decoding"]))
+
+
 def kill(deployment: Deployment) -> None:
     assert deployment.worker is not None
     os.kill(deployment.worker.process.pid, signal.SIGKILL)
@@ -79,20 +90,19 @@ async def told(events: Any, seen: list[str] | None = None) -> tuple[str, Any]:
     return "".join(pieces), end
 
 
-def test_sampled_texts_go_on_as_they_were_begun(model: Path) -> None:
+def test_sampled_texts_go_on_as_they_were_begun(model: Path, alone: Callable[[int], str]) -> None:
     """Killed at any time, and asked again among others than before."""
 
     async def run() -> None:
         fleet, chance = Fleet(), random.Random(0)
         deployment = await fleet.deploy("m6", Place(model))
-        alone = Session.load(model)
-        for first in range(0, 36, 12):
+        for first in range(0, 24, 12):
             streams = [asyncio.create_task(told(fleet.ask("m6", sampled(seed)))) for seed in range(first, first + 12)]
             await asyncio.sleep(0.05 + 0.2 * chance.random())
             kill(deployment)
             for seed, stream in enumerate(streams, first):
                 text, end = await stream
-                expected = alone.run("write", text="红色", decoding=sampled(seed)["decoding"])
+                expected = alone(seed)
                 if isinstance(end, Refusal):
                     assert end.code == "answer_changed" and expected.startswith(text)
                 else:
@@ -103,7 +113,9 @@ def test_sampled_texts_go_on_as_they_were_begun(model: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_stream_ends_with_an_error_where_the_next_process_answers_otherwise(session: Session, model: Path) -> None:
+def test_a_stream_ends_with_an_error_where_the_next_process_answers_otherwise(
+    session: Session, model: Path, alone: Callable[[int], str]
+) -> None:
     """Its model was exchanged on disk meanwhile: the head of one answer and the tail of another are no answer."""
 
     other = Session(copy.deepcopy(session.model), session.processor, list(session.tasks.values()))
@@ -119,9 +131,9 @@ def test_a_stream_ends_with_an_error_where_the_next_process_answers_otherwise(se
         model.rename(model.with_name("before"))
         model.with_name("other").rename(model)
         kill(deployment)
-        changed, models = 0, [Session.load(model.with_name("before")), Session.load(model)]
+        changed, now = 0, Session.load(model)
         for seed, (text, end) in enumerate(await asyncio.gather(*streams)):
-            answers = [one.run("write", text="红色", decoding=sampled(seed)["decoding"]) for one in models]
+            answers = [alone(seed), now.run("write", text="红色", decoding=sampled(seed)["decoding"])]
             if isinstance(end, Refusal):
                 assert (end.kind, end.code) == ("died", "answer_changed")
                 assert any(answer.startswith(text) for answer in answers)
@@ -135,7 +147,7 @@ def test_a_stream_ends_with_an_error_where_the_next_process_answers_otherwise(se
 
 
 def test_a_request_that_kills_its_process_takes_nobody_along(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: Callable[[int], str]
 ) -> None:
     """Those beside it and those that come meanwhile are answered; the same request is not tried again."""
     (tmp_path / "deadly.py").write_text(EXTENSION, "utf-8")
@@ -144,16 +156,15 @@ def test_a_request_that_kills_its_process_takes_nobody_along(
     async def run() -> None:
         fleet = Fleet()
         deployment = await fleet.deploy("m6", Place(model))
-        beside = [asyncio.create_task(answer(fleet.ask("m6", sampled(seed)))) for seed in range(20)]
+        beside = [asyncio.create_task(answer(fleet.ask("m6", sampled(seed)))) for seed in range(16)]
         poison = asyncio.create_task(told(fleet.ask("m6", writing(POISON, max_new_tokens=200))))
         while not poison.done():
             beside.append(asyncio.create_task(answer(fleet.ask("m6", sampled(len(beside))))))
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.5)
         _, error = await poison
         assert isinstance(error, Refusal) and error.kind == "died"
-        alone = Session.load(model)
         for seed, found in enumerate(await asyncio.gather(*beside)):
-            assert found == (alone.run("write", text="红色", decoding=sampled(seed)["decoding"]),) * 2
+            assert found == (alone(seed),) * 2
         restarts = deployment.restarts
         assert 2 <= restarts <= 3
         with pytest.raises(Refusal, match="ended each time") as again:
@@ -181,6 +192,7 @@ def ask(served: Served, text: str = "红色") -> httpx2.Response:
 def wait_ready(served: Served, ready: bool) -> str:
     while (found := httpx2.get(f"{served.url}/readyz")).is_success is not ready:
         assert served.thread.is_alive()
+        time.sleep(0.02)
     return found.text
 
 

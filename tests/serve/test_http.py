@@ -23,6 +23,7 @@ from pydantic import Field
 
 from openm6.cli.serve import check_origins
 from openm6.core.errors import ErrorKind, Refusal, UsageError
+from openm6.serve import guard
 from openm6.serve.api import create_app
 from openm6.serve.bodies import Fields, Route
 from openm6.serve.fleet import Fleet
@@ -308,8 +309,9 @@ def test_of_too_many_bodies_on_their_way_the_stalest_is_given_up() -> None:
 
 
 @pytest.mark.slow
-def test_a_large_text_is_refused_before_it_is_sent(site: Site) -> None:
+def test_a_large_text_is_refused_before_it_is_sent(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no picture can come; elsewhere while the server is busy."""
+    monkeypatch.setattr(guard, "LINGER", 0.2)
     with site.connect(HEAD.format("texts", 2 * MIB)) as one:
         told = received(one)
     assert told.startswith(b"HTTP/1.1 413") and b"at most 1 MiB" in told and b"connection: close" in told

@@ -19,7 +19,7 @@ from tests.serve.test_api import Served
 schemathesis = pytest.importorskip("schemathesis")
 pytestmark = pytest.mark.slow
 
-EXAMPLES = 25
+EXAMPLES = 12
 """Requests to each operation."""
 
 

@@ -14,6 +14,14 @@ from openm6.train.trainer import train
 from tests.train.conftest import SIZES, losses, tiny_recipe
 
 BESIDE = Path(sys.prefix) / "lowbit"
+TRAINING = """
+import sys
+from openm6.train.recipe import load_recipe
+from openm6.train.trainer import train
+
+for steps in (6, 12):
+    train(load_recipe(sys.argv[1], [f"train.steps={steps}"]))
+"""
 
 
 @pytest.mark.slow
@@ -29,12 +37,11 @@ def test_eight_bits_train_like_thirty_two_and_go_on_after_a_stop(tmp_path: Path)
     values["train"]["optimizer"] = "adam8bit"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values), "utf-8")
-    for steps in (6, 12):
-        done = subprocess.run(
-            [sys.executable, "-m", "openm6", "train", str(recipe), f"train.steps={steps}"],
-            capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(BESIDE)},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINING, str(recipe)],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(BESIDE)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
     assert "Resuming from step 6" in done.stderr
     low, full = losses(tmp_path / "low"), losses(tmp_path / "exact")
     assert max(low) == 12

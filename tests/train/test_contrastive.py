@@ -191,7 +191,7 @@ def test_it_is_found_among_its_own_negatives_alone(model: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)  # of each a confidence interval is drawn
 @given(st.integers(1, 5), st.integers(1, 14), st.data())
 def test_ranks_are_those_of_a_naive_loop(queries: int, keys: int, data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 999)))

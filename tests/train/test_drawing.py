@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from openm6.model.codec import Codec, CodecConfig
 from openm6.model.files import load_network, save_network
 from openm6.train.recipe import check_recipe
 from openm6.train.trainer import train
+from tests.processes import run_openm6
 from tests.train.conftest import SIZES, logged, tiny_recipe
 
 COLOURS = {"红色": (200, 30, 40), "绿色": (30, 160, 60), "蓝色": (40, 60, 200), "黄色": (240, 220, 40)}
@@ -96,15 +95,14 @@ def test_its_codec_is_part_of_the_model(drawn: Path) -> None:
 @pytest.mark.slow
 def test_the_command_writes_a_picture(drawn: Path, tmp_path: Path) -> None:
     target = tmp_path / "a.png"
-    command = [sys.executable, "-m", "openm6", "run", str(drawn), "text_to_image"]
-    more = ["caption=红色的布", "--output", str(target), "-o", "seed=3"]
-    done = subprocess.run([*command, *more], capture_output=True, text=True)
+    command = ("run", drawn, "text_to_image")
+    done = run_openm6(*command, "caption=红色的布", "--output", target, "-o", "seed=3")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(target)
     assert Image.open(target).size == (16, 16)
-    done = subprocess.run([*command, "--output", str(target)], capture_output=True, text=True)
+    done = run_openm6(*command, "--output", target)
     assert done.returncode and "nothing is asked for: give caption" in done.stderr
-    done = subprocess.run([*command, "caption=红色的布", "-o", "passes=-2"], capture_output=True, text=True)
+    done = run_openm6(*command, "caption=红色的布", "-o", "passes=-2")
     assert done.returncode == 2
     assert "passes is -2" in done.stderr
 

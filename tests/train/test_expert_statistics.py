@@ -54,14 +54,13 @@ def test_a_dense_model_has_no_loads(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("balance", [{"auxiliary_loss": 0.3}, {"bias_update": 0.02}])
 @pytest.mark.parametrize("router", ["topk", "prototype"])
-def test_balance_evens_the_loads(tmp_path: Path, balance: dict[str, float], router: str) -> None:
+def test_balance_evens_the_loads(tmp_path: Path, router: str) -> None:
     variation = {}
-    for name, sizes in (("without", {}), ("with", balance)):
+    for name, sizes in (("none", {}), ("loss", {"auxiliary_loss": 0.3}), ("bias", {"bias_update": 0.02})):
         train(sparse(tmp_path / name, {"router": router, **sizes}, steps=30, log_every=5, checkpoint_every=100))
         variation[name] = sum(logged_load(tmp_path / name)[-1]["load_variation"])
-    assert variation["with"] < 0.75 * variation["without"]
+    assert max(variation["loss"], variation["bias"]) < 0.75 * variation["none"]
 
 
 @pytest.mark.slow

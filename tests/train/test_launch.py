@@ -10,8 +10,9 @@ from openm6.core.errors import OpenM6Error, UsageError
 from openm6.train import launch as launching
 from openm6.train.launch import launch
 from openm6.train.recipe import load_recipe
+from openm6.train.trainer import train
 from tests.conftest import command
-from tests.train.conftest import recipe_file, tiny_recipe
+from tests.train.conftest import losses, recipe_file, tiny_recipe
 
 
 @pytest.mark.slow
@@ -34,12 +35,16 @@ def test_processes_that_succeed_are_silent_but_the_first(tmp_path: Path, capfd: 
 def test_several_processes_go_on_end_and_are_refused_like_one(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """And their losses are those of one."""
     recipe = recipe_file(tiny_recipe(tmp_path / "run", steps=2, checkpoint_every=1), tmp_path)
     for changes, told in (((), "Trained 2 steps"), ((), "This run is finished (2 steps)"),
                           (("train.steps=3",), "Resuming from step 2")):  # fmt: skip
         assert command("train", recipe, *changes, "-p", 2).exit_code == 0
         assert capfd.readouterr().err.count(told) == 1
     assert load_recipe(tmp_path / "run/recipe.yaml").train.steps == 3
+    train(tiny_recipe(tmp_path / "alone", steps=2))
+    alone, together = losses(tmp_path / "alone"), losses(tmp_path / "run")
+    assert [together[step] for step in alone] == pytest.approx([*alone.values()], rel=1e-4)
     with pytest.raises(UsageError, match="model.sizes.hidden_size was 32 and is 64"):
         command("train", recipe, f"output={tmp_path / 'run'}", "model.sizes.hidden_size=64", "-p", 2)
 

@@ -11,7 +11,12 @@ from openm6.worlds.draw import PATTERNS
 from openm6.worlds.market.goods import STYLES
 from openm6.worlds.pictured import HELD_OUT
 from openm6.worlds.scenes import named
-from openm6.worlds.shop import AMONG, HISTORY, SHOWN, _Goods, open_shop
+from openm6.worlds.shop import AMONG, HISTORY, ITEMS, SHOWN, _Goods, open_shop
+
+
+@pytest.fixture(autouse=True)
+def cache() -> None:
+    """Not one of its own for every test: the test goods are photographed once."""
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +28,8 @@ def goods() -> _Goods:
 def test_test_goods_are_held_out_and_train_goods_are_not(goods: _Goods) -> None:
     assert set(goods.items) <= HELD_OUT
     assert not set(_Goods("train", 0, 500).items) & HELD_OUT
-    assert len(set(open_shop("items", "test")[i]["id"] for i in range(1000))) == 1000
+    ids = [record["id"] for record in open_source("shop:items/test")]
+    assert ids == [row["id"] for row in goods.rows] and len(set(ids)) == 1000
 
 
 def test_a_look_is_in_picture_and_text_together(goods: _Goods) -> None:
@@ -47,7 +53,7 @@ def test_pairs_share_a_look_more_often_than_chance(goods: _Goods) -> None:
 
 @pytest.mark.slow
 def test_visits_name_goods_of_the_shop_and_what_was_bought_was_shown() -> None:
-    known = {record["id"] for record in open_source("shop:items/train")}
+    known = {row["id"] for row in _Goods("train", 0, ITEMS["train"]).rows}
     few, more = (list(open_source(f"shop:visits/test?records={n}")) for n in (5, 9))
     assert few == more[:5] != list(open_source("shop:visits/train?records=5"))
     for visit in more:
