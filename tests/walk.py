@@ -154,6 +154,8 @@ def _quicker(given: list[str]) -> list[str]:
             return [*SMALL, *TINY]
         case ["finetune", *_]:
             return [*SMALL[:3], "evaluation.limit=2"]
+        case ["serve", *_]:
+            return ["--linger", "0"]
         case ["jobs", "submit", *_]:
             return SMALL[:3]
         case ["jobs", "work"]:
