@@ -17,7 +17,7 @@ from openm6.hub.deployments import Deployments
 from openm6.hub.jobs import Jobs
 from openm6.train.recipe import load_recipe
 from tests.conftest import command
-from tests.processes import free_port
+from tests.processes import free_port, run_openm6
 from tests.tasks.conftest import picture
 from tests.test_docs import openm6_words
 
@@ -63,8 +63,10 @@ class Walk:
             given = [word for word in given if word.partition("=")[0] not in names] + quicker
             if given[0] == "serve":
                 self.serve("8000", [sys.executable, "-m", "openm6", *given, "--port", str(self.port("8000"))])
-            elif given[0] in ("keys", "deploy", "--extension"):
-                # The first two find the home directory as they are imported, the last registers for the whole process.
+            elif given[0] == "--extension":  # which registers for the whole process
+                ended = run_openm6(*given)
+                assert ended.returncode == 0, f"{' '.join(words)}\n{ended.stderr[-2000:]}"
+            elif given[0] in ("keys", "deploy"):  # which find the home directory as they are imported
                 printed = self._call([sys.executable, "-m", "openm6", *given])
                 if given[:2] == ["keys", "add"]:
                     self.key = printed.strip()

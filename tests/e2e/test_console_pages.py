@@ -30,8 +30,8 @@ pytestmark = [
 
 @pytest.mark.parametrize(("language", "width"), [("en", 390), ("zh", 1280)])
 def test_every_page_fits_and_is_accessible(site: Site, language: str, width: int) -> None:
-    """WCAG's levels A and AA, as axe finds them, in the light and in the dark look; in the language of the page, whatever
-    the browser prefers; with a link to the other language."""
+    """WCAG's levels A and AA, as axe finds them, in the light and in the dark look; in the language of the page,
+    whatever the browser prefers; with a link to the other language."""
     found, other = [], {"en": "zh", "zh": "en"}[language]
     for path in PAGES:
         page = site.open(f"{language}/{path}", width=width, locale="de-DE")
