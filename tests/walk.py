@@ -144,7 +144,9 @@ def _quicker(given: list[str]) -> list[str]:
     match given:
         case ["train", "codec_64" | "codec_256" as recipe, *_]:
             return [word for word in SMALL if "accumulate" not in word and "row_length" not in word] + _few(recipe)
-        case ["train", "few_samples" | "quality.yaml", *_]:
+        case ["train", "few_samples", *_]:
+            return [*SMALL, *_few("few_samples")]
+        case ["train", "quality.yaml", *_]:
             return SMALL
         case ["train", "judge", *_]:
             return [*SMALL, *TINY, *_few("judge")]
