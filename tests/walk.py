@@ -17,7 +17,7 @@ from openm6.hub.deployments import Deployments
 from openm6.hub.jobs import Jobs
 from openm6.train.recipe import load_recipe
 from tests.conftest import command
-from tests.processes import free_port
+from tests.processes import free_port, run_openm6
 from tests.tasks.conftest import picture
 from tests.test_docs import openm6_words
 
@@ -63,8 +63,10 @@ class Walk:
             given = [word for word in given if word.partition("=")[0] not in names] + quicker
             if given[0] == "serve":
                 self.serve("8000", [sys.executable, "-m", "openm6", *given, "--port", str(self.port("8000"))])
-            elif given[0] in ("keys", "deploy", "--extension"):
-                # The first two find the home directory as they are imported, the last registers for the whole process.
+            elif given[0] == "--extension":  # which registers for the whole process
+                ended = run_openm6(*given)
+                assert ended.returncode == 0, f"{' '.join(words)}\n{ended.stderr[-2000:]}"
+            elif given[0] in ("keys", "deploy"):  # which find the home directory as they are imported
                 printed = self._call([sys.executable, "-m", "openm6", *given])
                 if given[:2] == ["keys", "add"]:
                     self.key = printed.strip()
@@ -142,7 +144,9 @@ def _quicker(given: list[str]) -> list[str]:
     match given:
         case ["train", "codec_64" | "codec_256" as recipe, *_]:
             return [word for word in SMALL if "accumulate" not in word and "row_length" not in word] + _few(recipe)
-        case ["train", "few_samples" | "quality.yaml", *_]:
+        case ["train", "few_samples", *_]:
+            return [*SMALL, *_few("few_samples")]
+        case ["train", "quality.yaml", *_]:
             return SMALL
         case ["train", "judge", *_]:
             return [*SMALL, *TINY, *_few("judge")]
@@ -154,6 +158,8 @@ def _quicker(given: list[str]) -> list[str]:
             return [*SMALL, *TINY]
         case ["finetune", *_]:
             return [*SMALL[:3], "evaluation.limit=2"]
+        case ["serve", *_]:
+            return ["--linger", "0"]
         case ["jobs", "submit", *_]:
             return SMALL[:3]
         case ["jobs", "work"]:

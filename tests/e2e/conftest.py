@@ -24,6 +24,12 @@ from tests.processes import free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PAGES = ("", "compare", "data", "finetune", "review", "models", "serving")
+QUIET = """() => new Promise(done => {
+    let timer = setTimeout(done, 500);
+    new MutationObserver(() => { clearTimeout(timer); timer = setTimeout(done, 500); })
+        .observe(document, {subtree: true, childList: true, attributes: true, characterData: true});
+})"""
+"""Ends when nothing of the page has changed for half a second."""
 EVIL = "<img src=x onerror=\"document.title='broken'\"><svg onload=\"document.title='broken'\">"
 PATIENCE = 30_000
 MODELS = {"goods": "goods", "other": "goods", "taught": "taught"}
@@ -85,7 +91,11 @@ def serving(folder: Path, environment: dict[str, str], *words: object) -> tuple[
     place, log = free_port(), folder / "serve.log"
     with log.open("wb") as file:  # a pipe that nobody reads would fill, and stop it
         process = subprocess.Popen(
-            command("serve", *words, "--port", place), cwd=folder, env=environment, stdout=file, stderr=file
+            command("serve", "--linger", "0", *words, "--port", place),
+            cwd=folder,
+            env=environment,
+            stdout=file,
+            stderr=file,
         )
     until, url = time.monotonic() + 180, f"http://127.0.0.1:{place}"
     while True:
@@ -95,7 +105,7 @@ def serving(folder: Path, environment: dict[str, str], *words: object) -> tuple[
         except httpx2.TransportError:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < until, "it takes too long"
-            time.sleep(0.2)
+            time.sleep(0.05)
 
 
 def leave(browser: Any) -> None:
@@ -152,6 +162,13 @@ def choose(page: Any, label: str, text: str) -> None:
             box.press("Escape")
 
 
+def open_options(page: Any) -> None:
+    """A field of a closed section is made when the section is opened, and then takes its first value in the place of
+    what was filled in at once."""
+    page.get_by_text("Options", exact=True).first.click()
+    page.evaluate(QUIET)
+
+
 def list_every_task(page: Any) -> None:
     """Of a model that was taught some, as one is when a test before has made it live, the others are listed too."""
     page.wait_for_timeout(500)
@@ -169,7 +186,7 @@ def shown(page: Any, text: str | re.Pattern[str]) -> None:
 def settled(page: Any) -> None:
     """Until the page has been filled in."""
     page.locator(".live li").first.wait_for()
-    page.wait_for_timeout(1500)
+    page.evaluate(QUIET)
 
 
 def on_screen(page: Any, place: Any) -> bool:

@@ -163,9 +163,9 @@ def test_a_kill_in_the_middle_costs_nothing(room: Path) -> None:
     import signal
     import time
 
-    changes = ["output=killed", "train.steps=30", "train.checkpoint_every=2", "train.log_every=1"]
+    changes = ["output=killed", "train.steps=14", "train.checkpoint_every=2", "train.log_every=1"]
     metrics = room / "killed" / "metrics.jsonl"
-    for wanted in (3, 9):
+    for wanted in (3, 8):
         process = subprocess.Popen(
             [str(OPENM6), "train", "goods.yaml", *changes], cwd=room, env=environment(), stderr=subprocess.DEVNULL
         )
@@ -185,4 +185,4 @@ def test_a_kill_in_the_middle_costs_nothing(room: Path) -> None:
         return {e["step"]: e["loss"] for e in entries if "loss" in e}
 
     assert losses("killed") == losses("whole")
-    assert len(losses("whole")) == 30
+    assert len(losses("whole")) == 14

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from openm6.hub.catalogue import MODEL, Catalogue
-from tests.e2e.conftest import CHROMIUM, TITLES, Site, choose, leave, on_screen, prepare, serving, shown
-from tests.e2e.test_serve import command
+from openm6.serve.keys import Keys
+from tests.conftest import drawing_session
+from tests.e2e.conftest import CHROMIUM, TITLES, Site, choose, leave, on_screen, open_options, serving, shown
 from tests.hub.test_jobs import until
 from tests.tasks.conftest import picture
 
@@ -92,7 +93,7 @@ def test_examples_fill_in_forms_of_every_kind(trying: Callable[[str], Any]) -> N
 def test_pictures_are_drawn_and_drawn_anew_in_part(trying: Callable[[str], Any], tmp_path: Path) -> None:
     page = trying("text_to_image")
     page.get_by_role("textbox", name="Text", exact=True).fill("红色的杯子")
-    page.get_by_text("Options", exact=True).first.click()
+    open_options(page)
     page.get_by_label("Seed", exact=True).fill("7")
     page.locator("#ask").click()
     until(lambda: page.locator(".grid-wrap img").count() == 4)
@@ -178,7 +179,7 @@ def test_a_model_is_taught_watched_kept_and_made_live(site: Site) -> None:
     box = page.get_by_label("Training data", exact=True).first
     box.fill(str(site.folder / "reviews.jsonl"))
     box.press("Enter")
-    page.get_by_text("Options", exact=True).first.click()
+    open_options(page)
     page.locator("#steps input").fill("4")
     page.locator("#folder textarea, #folder input").fill(str(site.folder / "runs" / "taught"))
     page.get_by_label("More options of openm6 finetune").fill("train.log_every=1")
@@ -246,12 +247,11 @@ def test_what_is_live_is_shown(site: Site) -> None:
 @pytest.fixture
 def locked(tmp_path: Path, browser: Any) -> Iterator[tuple[Site, dict[str, str]]]:
     """A server with keys, and the keys by name."""
-    environment = prepare(tmp_path)
-    keys = {}
-    for name, role in (("reader", "use"), ("chief", "manage")):
-        words = command("keys", "add", name, "--role", role, "--keys", tmp_path / "keys.json")
-        keys[name] = subprocess.run(words, capture_output=True, text=True, check=True, env=environment).stdout.strip()
-    process, url = serving(tmp_path, environment, tmp_path / "goods" / "model", "--keys", tmp_path / "keys.json")
+    drawing_session().save(tmp_path / "goods" / "model")
+    store = Keys(tmp_path / "keys.json")
+    keys = {name: store.add(name, role=role) for name, role in (("reader", "use"), ("chief", "manage"))}
+    environment = {**os.environ, "OPENM6_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    process, url = serving(tmp_path, environment, tmp_path / "goods" / "model", "--keys", store.path)
     with process:
         yield Site(url, tmp_path, browser), keys
         leave(browser)
