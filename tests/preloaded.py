@@ -1,5 +1,7 @@
 """Modules that most commands import: loaded once, by the server that forks (tests/processes.py), without threads."""
 
+import logging
+
 import codecarbon.external.geography  # noqa: F401
 import cpuinfo  # noqa: F401
 import grain  # noqa: F401
@@ -14,3 +16,5 @@ import openm6.inference.session
 import openm6.train.parallel
 import openm6.train.trainer
 import openm6.worlds.catalogue  # noqa: F401
+
+logging.getLogger().handlers.clear()  # grain has absl add one, and commands set up their own
