@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import hypothesis
 import numpy as np
 import pytest
+import setuptools  # noqa: F401  PyTorch's compiler imports it, which fails where Python's own distutils was used before
 import torch
 
 from openm6.core.environment import CACHE
