@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+from openm6.core.errors import OpenM6Error
 from openm6.core.extras import require
+from openm6.core.ray_cluster import connect
 from openm6.hub.jobs import RAY, Job, Jobs
 
 
@@ -35,7 +37,11 @@ def _run_on_ray(job: Job) -> int:
     from ray.exceptions import RayError
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=True)
+    try:
+        connect(os.environ.get("RAY_ADDRESS"), log_to_driver=True)
+    except OpenM6Error as error:
+        print(error, flush=True)
+        return 1
     # One process per job: its memory is freed with it, and it can be killed.
     task = ray.remote(max_calls=1, max_retries=0, num_gpus=job.gpus)(_run)
     running = task.remote(list(job.words), job.folder, job.environment)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from openm6.core.extras import require
+from openm6.core.ray_cluster import connect
 from openm6.serve.fleet import Fleet
 from openm6.serve.server import Options
 from openm6.serve.wire import Place
@@ -25,7 +26,7 @@ def deploy_on_ray(
     from ray import serve
 
     if not ray.is_initialized():
-        ray.init(address=address, ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)
+        connect(address, log_to_driver=False)
     serve.start(http_options={"host": host, "port": port})
 
     def app() -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from openm6.core.errors import OpenM6Error
 from openm6.core.extras import require
+from openm6.core.ray_cluster import connect
 from openm6.train.recipe import AnyRecipe
 
 
@@ -22,7 +23,7 @@ def train_on_ray(recipe: AnyRecipe, workers: int, address: str | None = None, fa
 
     ours = not ray.is_initialized()
     if ours:
-        ray.init(address=address, log_to_driver=True, include_dashboard=False)
+        connect(address, log_to_driver=True)
     try:
         gpu = ray.cluster_resources().get("GPU", 0) >= workers
         output = recipe.output.resolve()
