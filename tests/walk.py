@@ -51,7 +51,7 @@ class Walk:
         self.names: dict[str, Any] = {"openm6": openm6}
         self.folder = folder
         self.key = "m6-..."
-        """That of the last `openm6 keys add`, in the place of the one that a page shows."""
+        """The key that the last `openm6 keys add` printed; it replaces the one that a page shows."""
         self._ports: dict[str, int] = {}
         self._servers: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -177,7 +177,8 @@ def _quicker(given: list[str]) -> list[str]:
 
 def _few(recipe: str) -> list[str]:
     """Fewer of the pictures that a recipe of the package draws."""
-    sections = {"data": load_recipe(recipe).data, "evaluation.data": load_recipe(recipe).evaluation.data}
+    whole = load_recipe(recipe)
+    sections = {"data": whole.data, "evaluation.data": whole.evaluation.data}
     return [
         f"{name}.{number}.source={section.source}?pictures=200"
         for name, every in sections.items()

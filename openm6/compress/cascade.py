@@ -165,10 +165,8 @@ class _Answers(NamedTuple):
 
 def _stored_answers(device: EdgeDevice, task: str, until: int | None) -> _Answers:
     chosen = _task(device, task)
-    encoder, view = (
-        image_encoder_id(device.folder() / "model"),
-        SlotView(chosen, {name: name for name in chosen.inputs}),
-    )
+    encoder = image_encoder_id(device.folder() / "model")
+    view = SlotView(chosen, {name: name for name in chosen.inputs})
     calibration: set[bytes] = set()  # digests of the inputs
     if entry := _calibrations(device.folder()).get(task):
         source = _sample(entry)

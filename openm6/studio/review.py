@@ -96,8 +96,8 @@ def usable(
     explain: Callable[[DataError, str, Record], str] = lambda error, where, record: str(error),
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, inputs by slot) of the valid records among these numbers; the others are counted in `rejects` with the
-    reason from `explain`. `ask` gives the inputs of a record and may raise DataError. `decoding`,
-    `truncate`: see Session.run; a record is valid if its answer has room with these options."""
+    reason from `explain`. `ask` gives the inputs of a record and may raise DataError. `decoding` and `truncate` are
+    those of Session.run; a record whose answer has no room with them is not valid."""
     for number in numbers:
         record = source[number]
         try:

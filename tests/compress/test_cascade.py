@@ -121,7 +121,7 @@ def test_a_round_learns_and_is_promoted(device: Path, known: Path) -> None:
 
 
 @pytest.mark.slow
-def test_from_features_the_eyes_stay(device: Path, model: Path) -> None:
+def test_learning_from_features_keeps_the_image_encoder(device: Path, model: Path) -> None:
     (device / "edge.toml").write_text(settings_toml(Settings(privacy="features")), "utf-8")
     _keep(device, 100, "features")
     found = learn(device, steps=60, batch_size=24, learning_rate=3e-3)

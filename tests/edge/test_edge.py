@@ -139,11 +139,11 @@ def test_a_slot_of_the_program_has_one_value(
 @pytest.mark.parametrize("bits", [8, 4])
 def test_in_few_bits_it_is_smaller_and_nearly_the_same(bits: int, package: Path, tmp_path: Path) -> None:
     place = tmp_path / "few"
-    told = quantize_bundle(package, place, bits)
-    assert told["bits"] == bits
+    about = quantize_bundle(package, place, bits)
+    assert about["bits"] == bits
     sizes = [sum((one / f"{name}.onnx").stat().st_size for name in ("model", "picture")) for one in (package, place)]
     assert sizes[1] < 0.6 * sizes[0]  # so small a network is half names of operations
-    assert told["graph_bytes"]["32"] == sizes[0] and told["graph_bytes"][str(bits)] == sizes[1]
+    assert about["graph_bytes"]["32"] == sizes[0] and about["graph_bytes"][str(bits)] == sizes[1]
     # No weight is stored twice: the output matrix, which is the embedding too, stays in 8 bits.
     names = {one.name for one in onnx.load(place / "model.onnx").graph.initializer}
     assert "head_DV.int8" in names and not {"head_DV", "head_DV_Q4"} & names
@@ -161,9 +161,9 @@ def test_an_export_in_few_bits_is_the_bundle_of_the_same_model_rounded(
 ) -> None:
     """In 4 bits, which measures 8 too."""
     exported, rounded = tmp_path / "exported", tmp_path / "rounded"
-    told = export(model, exported, 4)
-    assert bool(smaller_variant_hint(told)) == ("bits gain nothing here" in caplog.text)
-    assert quantize_bundle(package, rounded, 4) == told
+    about = export(model, exported, 4)
+    assert bool(smaller_variant_hint(about)) == ("bits gain nothing here" in caplog.text)
+    assert quantize_bundle(package, rounded, 4) == about
     files = [sorted(file.relative_to(one) for file in one.rglob("*")) for one in (exported, rounded)]
     assert files[0] == files[1] and (exported / "edge.json").read_bytes() == (rounded / "edge.json").read_bytes()
     vectors = [EdgeModel(one).run("item_vector", **ASKED["item_vector"]) for one in (exported, rounded)]

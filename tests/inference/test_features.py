@@ -59,7 +59,7 @@ def test_those_that_do_not_fit(session: Session) -> None:
         session.run("vqa", photo=Features(bytes(2 * 25 * 32), 5, 5, "e").mapping(), question=QUESTION)
 
 
-def test_eyes_have_a_name(model: Path, tmp_path: Path) -> None:
+def test_an_image_encoder_has_an_id(model: Path, tmp_path: Path) -> None:
     assert len(image_encoder_id(model)) == 16
     other = Session.load(model, "cpu", trainable=True)
     with torch.no_grad():

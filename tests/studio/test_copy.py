@@ -279,6 +279,6 @@ def test_an_item_that_leaves_no_room_for_the_text_asked_for_costs_one_item(tmp_p
     writer.tasks["product_copy"] = writer.task("product_copy")
     (tmp_path / "items.csv").write_text(f"品类,颜色\n手套,蓝色\n帽子,{'红色的' * 30}\n", "utf-8")
     options = {"candidates": 1, "facts": False, "decoding": {"max_new_tokens": 180}}
-    told = make_copy(writer, "product_copy", tmp_path / "items.csv", tmp_path / "out", **options)
-    assert (told["items"], told["bad"]) == (1, 1)
+    counts = make_copy(writer, "product_copy", tmp_path / "items.csv", tmp_path / "out", **options)
+    assert (counts["items"], counts["bad"]) == (1, 1)
     assert "items.csv:3 is too long" in lines_of(tmp_path / "out", "rejects.jsonl")[0]["reason"]
