@@ -226,6 +226,12 @@ _MARK = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},]', re.S)  # an unterm
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+def require_format(file: Path, found: object, known: int) -> None:
+    """Raises OpenM6Error for a file of another format than the `known` one."""
+    if found != known:
+        raise OpenM6Error(f"{file} has the format {found!r}; this version of OpenM6 reads {known}.")
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """Placeholder in a parsed value for a part that cannot be used."""

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from openm6._version import __version__
 from openm6.core.bases import require_model
 from openm6.core.errors import OpenM6Error, UsageError, suggest
-from openm6.core.files import write_json
+from openm6.core.files import require_format, write_json
 
 FORMAT = 1
 """Version of config.json and of the tensors' names."""
@@ -51,8 +51,7 @@ class NetworkConfig:
             raise OpenM6Error(f"{file} is damaged.") from None
         if (kind := content.get("model_type")) != cls.model_type:
             raise OpenM6Error(f"{file} is of a model of the type {kind!r}; {cls.model_type!r} is needed here.")
-        if (format := content.get("format")) != FORMAT:
-            raise OpenM6Error(f"{file} has the format {format!r}; this version of OpenM6 reads {FORMAT}.")
+        require_format(file, content.get("format"), FORMAT)
         sizes = {key: value for key, value in content.items() if key not in ("model_type", "format", "openm6")}
         known = [field.name for field in fields(cls)]
         for key in sizes:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from openm6.core.errors import OpenM6Error, UsageError, suggest_path
+from openm6.core.files import require_format
 from openm6.tasks.library import task_from_dict
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
@@ -35,7 +36,7 @@ def read_seen_tokens(path: Path) -> frozenset[int] | None:
             return None
         spans = [span.partition("-") for span in ranges.split(",") if span]
         return frozenset(n for first, _, last in spans for n in range(int(first), int(last or first) + 1))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise _damaged(card, error) from None
 
 
@@ -69,8 +70,7 @@ def read_card(path: Path) -> tuple[list[Task], int, int]:
 
 def _content(card: Path) -> dict[str, Any]:
     content = dict(json.loads(card.read_text("utf-8")))
-    if (format := content.get("format")) != FORMAT:
-        raise OpenM6Error(f"{card} has the format {format!r}; this version of OpenM6 reads {FORMAT}.")
+    require_format(card, content.get("format"), FORMAT)
     return content
 
 

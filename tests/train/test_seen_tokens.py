@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from openm6.cli import commands
 from openm6.compress.convert import quantize_model
 from openm6.core.batch import pad
+from openm6.core.errors import OpenM6Error
 from openm6.inference.session import Session
 from openm6.model.cache import prefill
 from openm6.model.files import load_model
@@ -159,3 +160,10 @@ def test_merged_it_is_a_model_like_any(adapter: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(
         state(Session.load(tmp_path / "merged", "cpu", True), NEW[0]), state(Session.load(adapter, "cpu", True), NEW[0])
     )
+
+
+def test_a_card_that_is_no_mapping_is_damaged(tmp_path: Path) -> None:
+    for content in ("5", "[1]", '{"format": 1, "seen_tokens": 7}'):
+        (tmp_path / "openm6.json").write_text(content, "utf-8")
+        with pytest.raises(OpenM6Error, match="openm6.json is damaged"):
+            read_seen_tokens(tmp_path)
