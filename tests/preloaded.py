@@ -16,5 +16,7 @@ import openm6.inference.session
 import openm6.train.parallel
 import openm6.train.trainer
 import openm6.worlds.catalogue  # noqa: F401
+from openm6.model.precision import fast_dtype, peak_flops
 
+peak_flops("cpu", fast_dtype("cpu"))  # which every training measures once in its process
 logging.getLogger().handlers.clear()  # grain has absl add one, and commands set up their own
