@@ -119,6 +119,8 @@ async def _run_pages(
             with suppress(asyncio.CancelledError):  # so that Gradio ends as at the end of its own server
                 await asyncio.Event().wait()
     except Exception as error:
+        if pages.done():  # the end of the pages failed
+            raise
         pages.set_exception(error)
 
 

@@ -143,7 +143,7 @@ def _files(name: str) -> list[str]:
         return expand(name)
     except DataError as error:
         kind, colon, _ = name.partition(":")
-        raise DataError(f"{error}{suggest(kind, sorted(_entries(tuple(sys.path)).names)) if colon else ''}") from None
+        raise DataError(f"{error}{suggest(kind, sorted(_entries().names)) if colon else ''}") from None
 
 
 SOURCES = "openm6.sources"
@@ -156,13 +156,17 @@ def _entry_of(name: str) -> EntryPoint | None:
     word = re.match(r"(\w+)[:/]", name)
     if not word or (name[word.end(1)] == "/" and Path(name.partition("?")[0]).exists()):
         return None
-    return next(iter(_entries(tuple(sys.path)).select(name=word[1])), None)
+    return next(iter(_entries().select(name=word[1])), None)
+
+
+def _entries() -> EntryPoints:
+    """The entry points of SOURCES in all installed packages."""
+    return _entries_on(tuple(sys.path))
 
 
 @cache
-def _entries(path: tuple[str, ...]) -> EntryPoints:
-    """Those of the packages on a search path. Reading the metadata of all packages takes 20 ms."""
-    return entry_points(group=SOURCES)
+def _entries_on(path: tuple[str, ...]) -> EntryPoints:
+    return entry_points(group=SOURCES)  # reads the metadata of every package, which takes 20 ms
 
 
 def _through_cache(name: str, format: str | None, images_root: str | None) -> tuple[StoredRecords, tuple[Reject, ...]]:
