@@ -262,12 +262,12 @@ def test_commands_that_make_a_model_of_a_model_take_an_adapter(
 
 
 @pytest.mark.slow
-def test_an_adapter_is_exported_as_it_is_merged(adapters: dict[str, Path], tmp_path: Path) -> None:
-    """One of a head, which changes the weights' shape too: it parts the head from the embedding."""
-    command("models", "export", adapters["head"], tmp_path / "package")
+@pytest.mark.parametrize("method", ["lora", "head"])
+def test_an_adapter_is_exported_as_it_is_merged(adapters: dict[str, Path], tmp_path: Path, method: str) -> None:
+    command("models", "export", adapters[method], tmp_path / "package")
     asked = {"photo": picture(), "question": "图中是什么?"}
     answer = EdgeModel(tmp_path / "package").answer("vqa", asked)
-    session = Session.load(adapters["head"], "cpu", trainable=True)
+    session = Session.load(adapters[method], "cpu", trainable=True)
     prompt = session.prompt(session.task("vqa"), asked)
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         found, _ = prefill(session.model, pad([prompt], 0), len(prompt) + 4)
