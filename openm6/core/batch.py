@@ -8,8 +8,8 @@ The one mask rule of OpenM6, for a query position q and a key position k of one 
 
 `segment` is the number of the example that a position belongs to (0 is padding). Positions of one `block` >= 0 attend
 to each other in both directions: 0 is the source, and each picture whose codes are generated has a further number; -1
-is causal (the target text). The rule gives the bidirectional, the prefix and the causal Transformer of M6 (KDD 2021,
-section 4), mixed freely inside one batch."""
+is causal: the target text, and the source of a model that reads it causally (SOURCE_BLOCKS). The rule gives the
+bidirectional, the prefix and the causal Transformer of M6 (KDD 2021, section 4), mixed freely inside one batch."""
 
 from __future__ import annotations
 

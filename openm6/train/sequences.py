@@ -34,6 +34,7 @@ from openm6.train.setup import (
     data_notes,
     evaluate_entries,
     make_loader,
+    source_notes,
 )
 from openm6.train.start import start_codes
 
@@ -47,6 +48,7 @@ class SequenceObjective(Objective):
         self.adapter: Any = None
         self.notes: list[str] = []
         self.session = build_session(recipe, group)
+        self.notes += source_notes(recipe, self.session) if group.first else []
         entries, rejects = build_entries(recipe, self.session, group)
         self.seen_tokens = SeenTokens(self.session.processor, recipe.output, group)
         if recipe.adapt and self.path:
