@@ -92,6 +92,14 @@ def allowed(segments: Tensor, blocks: Tensor) -> Tensor:
     return (segments[:, :, None] == segments[:, None, :]) & (past | together)
 
 
+def count_pairs(segments: Tensor, blocks: Tensor) -> int:
+    """Number of pairs of query and key that the mask rule allows, padding left out; [B, T] each."""
+    lengths = torch.bincount(segments[segments > 0])
+    mutual = (segments > 0) & (blocks >= 0)
+    groups = torch.bincount(segments[mutual] * (1 + blocks.max()) + blocks[mutual])
+    return int((lengths * (lengths + 1)).sum() + (groups * (groups - 1)).sum()) // 2
+
+
 def pack(sequences: Items[Sequence], row_length: int, pad_id: int, balance_rows: bool = False) -> Batch:
     """Pack examples into as few rows of `row_length` positions as first-fit-decreasing finds.
 

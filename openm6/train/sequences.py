@@ -17,7 +17,7 @@ from openm6.data.loader import Entry
 from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.model.adapters import adapter_config, add_adapter, prompt_length
-from openm6.model.count import training_flops
+from openm6.model.count import attention_pairs, training_flops
 from openm6.model.files import meta_model
 from openm6.tasks.heads import HEADS
 from openm6.train.contrastive import contrast
@@ -164,9 +164,8 @@ class SequenceObjective(Objective):
             values = HEADS[name].loss(outputs, wanted) if answered else outputs.sum(1)
             loss = loss + values.sum()
             losses += [(e.task, e.origin, v, 1) for (_, e, _), v in zip(answered, values.tolist(), strict=True)]
-        lengths = torch.bincount(batch.segments.flatten())[1:].double()
-        positions, pairs = int(lengths.sum()), int((lengths**2).sum() / 2)
-        flops = training_flops(self.session.model.config, positions, pairs, trained)
+        config, positions = self.session.model.config, int((batch.segments > 0).sum())
+        flops = training_flops(config, positions, attention_pairs(config, batch), trained)
         return MicroBatchResult(loss, losses, flops, positions, batch.ids.numel(), output.router_statistics)
 
     def _contrast(self, hidden_BTD: Tensor, batch: Batch, examples: list[Sequence]) -> tuple[Tensor, list[Sequence]]:

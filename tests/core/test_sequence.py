@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from openm6.core.batch import allowed, pack, pad
+from openm6.core.batch import allowed, count_pairs, pack, pad
 from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, SOURCE_BLOCKS, ImageTarget, Sequence
 from tests.conftest import EXPERTS, example, tiny_model
 
@@ -32,6 +32,8 @@ def test_mask_is_the_written_rule(positions: list[tuple[int, int]]) -> None:
         for k, (segment_k, block_k) in enumerate(positions):
             expected = segment_q == segment_k and (k <= q or (block_q == block_k and block_q >= 0))
             assert bool(mask[q, k]) == expected
+    real = segments[0] > 0
+    assert count_pairs(segments, blocks) == int(mask[real][:, real].sum())
 
 
 @given(shapes, st.booleans())

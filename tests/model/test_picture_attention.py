@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.core.batch import Batch, allowed, pad, pad_drawn
+from openm6.core.batch import Batch, allowed, count_pairs, pad, pad_drawn
 from openm6.core.errors import OpenM6Error
 from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, SOURCE_BLOCKS, ImageTarget, Sequence
 from openm6.inference.draw import Codes, Drawing, draw, estimate
 from openm6.model import M6
 from openm6.model.attention import rotary_angles
+from openm6.model.count import attention_pairs
 from openm6.model.cpu.attention import additive
 from openm6.model.sparse import SparsePattern
 from tests.conftest import VOCABULARY, tiny_config
@@ -74,6 +75,16 @@ def test_training_is_that_of_the_explicit_mask(kind: str, sizes: dict[str, objec
         wanted_gradient = dict(network.named_parameters())[name].grad
         scale = float(wanted_gradient.abs().max())
         torch.testing.assert_close(gradient / scale, wanted_gradient / scale, atol=2e-3, rtol=1e-2, msg=name)
+
+
+@pytest.mark.parametrize("block", [1, CAUSAL])
+def test_pairs_are_those_of_the_mask_and_of_the_tiles(block: int) -> None:
+    config, some = sparse_model().config, [drawn(text, block, 0, text) for text in (7, 4)]
+    batch, pattern = pad_drawn(some, 0), SparsePattern(SIDE, (2, 2), block == CAUSAL)
+    tiles = pattern.neighbours()[1].sum() * pattern.area**2
+    texts = sum(length * (length + 1) // 2 + (length - 2) * (length - 3) // 2 + length * COUNT for length in (7, 4))
+    assert attention_pairs(config, batch) == texts + 2 * tiles
+    assert attention_pairs(tiny_config(), batch) == count_pairs(batch.segments, batch.blocks)
 
 
 def prompts() -> list[Sequence]:
