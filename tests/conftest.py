@@ -22,7 +22,7 @@ import torch
 
 from openm6.core.environment import CACHE
 from openm6.core.images import ImageGrid
-from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Picture, Sequence
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE_BLOCKS, Picture, Sequence
 from openm6.core.tokenizer import Tokenizer
 from openm6.inference.session import Session
 from openm6.model import M6, ModelConfig
@@ -83,9 +83,11 @@ def tiny_model(**changes: object) -> M6:
 
 
 def example(
-    rng: np.random.Generator, source: int, target: int, pictures: tuple[tuple[int, int], ...] = (), patch: int = 8
-) -> Sequence:
-    """Random ids: `pictures` (rows, columns of patches), then `source` tokens, then `target` causal ones."""
+    rng: np.random.Generator, source: int, target: int, pictures: tuple[tuple[int, int], ...] = (), patch: int = 8,
+    read: str = "bidirectional",
+) -> Sequence:  # fmt: skip
+    """Random ids: `pictures` (rows, columns of patches), then `source` tokens, then `target` causal ones. `read`: how
+    the model reads pictures and source."""
     images, length = [], 0
     for rows, columns in pictures:
         pixels = rng.integers(0, 256, (rows * patch, columns * patch, 3), dtype=np.uint8)
@@ -93,8 +95,9 @@ def example(
         length += rows * columns
     total = length + source + target
     ids = rng.integers(1, VOCABULARY, total).astype(np.int32)
-    blocks = np.where(np.arange(total) < length + source, SOURCE, CAUSAL).astype(np.int32)
-    labels = np.where(blocks == CAUSAL, rng.integers(1, VOCABULARY, total), IGNORE).astype(np.int32)
+    is_source = np.arange(total) < length + source
+    blocks = np.where(is_source, SOURCE_BLOCKS[read], CAUSAL).astype(np.int32)
+    labels = np.where(~is_source, rng.integers(1, VOCABULARY, total), IGNORE).astype(np.int32)
     return Sequence(ids, blocks, labels, images, task="t", origin="o")
 
 
@@ -106,7 +109,7 @@ def drawing_session(max_length: int = 256, tasks: tuple[str, ...] = (), **sizes:
     tokenizer = Tokenizer.train(["画一张图: 红色的杯子", "参考 风格 草图"], 600, 16)
     config = tiny_config(vocab_size=tokenizer.vocab_size, num_codes=16, **sizes)
     grid = ImageGrid(config.image_stride, config.image_max_patches)
-    processor = Processor(tokenizer, grid, max_length, PictureCodec(codec))
+    processor = Processor(tokenizer, grid, max_length, PictureCodec(codec), source=config.source)
     return Session(M6(config).eval(), processor, map(get, tasks))
 
 

@@ -208,7 +208,7 @@ def _of_recipe(recipe: AnyRecipe, path: str, gpus: int) -> tuple[ModelConfig, Wo
             "timed on this machine."
         )
     if recipe.model.path:
-        config = read_config(recipe.model.path)
+        config = replace(read_config(recipe.model.path), **recipe.model.sizes)
     else:
         ids = recipe.tokenizer.vocab_size + recipe.tokenizer.num_codes
         config = ModelConfig.preset(recipe.model.preset or "", **{"vocab_size": ids, **recipe.model.sizes})

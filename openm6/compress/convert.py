@@ -13,7 +13,6 @@ from torch import Tensor
 from openm6.core.batch import pack
 from openm6.core.errors import UsageError
 from openm6.core.files import require_new, write_whole
-from openm6.core.images import ImageGrid
 from openm6.core.tokenizer import Tokenizer
 from openm6.data.columns import SlotView
 from openm6.data.source import open_source
@@ -26,7 +25,7 @@ from openm6.model.lowbit import stored
 from openm6.model.norm import RMSNorm
 from openm6.model.roles import role_of
 from openm6.tasks.encode import encode_example
-from openm6.tasks.processor import Processor
+from openm6.weights.directory import make_processor
 from openm6.weights.import_qwen3 import import_qwen3, read_config
 from openm6.weights.prune import prune
 from openm6.weights.upcycle import upcycle
@@ -40,9 +39,8 @@ def import_model(path: Path, output: Path, image_embedder: str, num_codes: int, 
     tokenizer = Tokenizer.wrap(path, num_codes, start_at=read_config(path, **changes).vocab_size)
     torch.manual_seed(0)
     model = import_qwen3(path, vocab_size=tokenizer.vocab_size, **changes)
-    grid = ImageGrid(model.config.image_stride, model.config.image_max_patches)
     known = frozenset(range(tokenizer.first_new_id))
-    session = Session(model, Processor(tokenizer, grid, max_length, seen_tokens=known))
+    session = Session(model, make_processor(model.config, tokenizer, max_length, seen_tokens=known))
     write_whole(output, session.save)
     return session
 

@@ -8,8 +8,8 @@ The one mask rule of OpenM6, for a query position q and a key position k of one 
 
 `segment` is the number of the example that a position belongs to (0 is padding). Positions of one `block` >= 0 attend
 to each other in both directions: 0 is the source, and each picture whose codes are generated has a further number; -1
-is causal (the target text). The rule gives the bidirectional, the prefix and the causal Transformer of M6 (KDD 2021,
-section 4), mixed freely inside one batch."""
+is causal: the target text, and the source of a model that reads it causally (SOURCE_BLOCKS). The rule gives the
+bidirectional, the prefix and the causal Transformer of M6 (KDD 2021, section 4), mixed freely inside one batch."""
 
 from __future__ import annotations
 
@@ -90,6 +90,14 @@ def allowed(segments: Tensor, blocks: Tensor) -> Tensor:
     past = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
     together = (blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] >= 0)
     return (segments[:, :, None] == segments[:, None, :]) & (past | together)
+
+
+def count_pairs(segments: Tensor, blocks: Tensor) -> int:
+    """Number of pairs of query and key that the mask rule allows, padding left out; [B, T] each."""
+    lengths = torch.bincount(segments[segments > 0])
+    mutual = (segments > 0) & (blocks >= 0)
+    groups = torch.bincount(segments[mutual] * (1 + blocks.max()) + blocks[mutual])
+    return int((lengths * (lengths + 1)).sum() + (groups * (groups - 1)).sum()) // 2
 
 
 def pack(sequences: Items[Sequence], row_length: int, pad_id: int, balance_rows: bool = False) -> Batch:

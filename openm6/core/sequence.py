@@ -17,6 +17,9 @@ IGNORE = -100
 SOURCE = 0
 CAUSAL = -1
 
+SOURCE_BLOCKS = {"bidirectional": SOURCE, "causal": CAUSAL}
+"""Ways in which a model reads a source (ModelConfig.source), and the block of the source's positions for each."""
+
 
 @dataclass(slots=True)
 class Picture:
@@ -94,7 +97,7 @@ class Sequence:
     """One example, T positions.
 
     ids     int32 [T]   token ids; positions of picture patches hold the id of `<|patch|>`
-    blocks  int32 [T]   0 = source (sees the whole source), -1 = causal, > 0 = codes of one picture
+    blocks  int32 [T]   0 = source that sees all of itself, -1 = causal, > 0 = codes of one picture, or a draft
     labels  int32 [T]   the token that the output AT this position has to predict, or IGNORE
     pictures            in the order of their patches
     task, origin        names of the task and of the data source, for the losses by task and by source

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from openm6.core.errors import DataError, cut
 from openm6.core.images import ImageGrid, open_image
-from openm6.core.sequence import IGNORE, SOURCE
+from openm6.core.sequence import IGNORE
 from openm6.core.tokenizer import HALF, Tokenizer
 from openm6.data.columns import Classes, SlotView
 from openm6.data.overlap import Twins, find_overlap
@@ -211,7 +211,7 @@ def preview(task: Task, record: Mapping[str, Any], processor: Processor) -> tupl
     sequence = (encode_example if plain else encode_prompt)(task, record, processor, truncate="end")
     given = [p.name for p in task.instructions[0].source if isinstance(p, Slot) and p.type == "image"]
     pictures = [_picture(record[name]) for name in given if record.get(name) is not None]
-    source = _text_of(sequence.ids[sequence.blocks == SOURCE].tolist(), pictures, tokenizer)
+    source = _text_of(sequence.ids[sequence.labels == IGNORE].tolist(), pictures, tokenizer)
     if plain:
         target = _text_of(sequence.labels[sequence.labels != IGNORE].tolist(), [], tokenizer)
     else:

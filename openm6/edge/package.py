@@ -178,7 +178,7 @@ def _describe(session: Session, path: Path, bits: int | None) -> dict[str, Any]:
         "positions": config.max_position_embeddings if config.positions == "learned" else None,
         "stride": config.image_stride, "max_patches": config.image_max_patches,
         "pictures": config.image_embedder != "none", "image_encoder": image_encoder_id(base_of(path) or path),
-        "heads": list(config.heads or {}),
+        "heads": list(config.heads or {}), "source": config.source,
     }  # fmt: skip
 
 

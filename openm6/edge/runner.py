@@ -22,9 +22,9 @@ from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 
 KIND = "openm6-edge"
-FORMAT = 3
+FORMAT = 4
 """Version of edge.json and image_encoder.json. Format 1 had no digests of the files; format 2 called the image encoder
-`eyes`."""
+`eyes`, format 3 did not say how a source is read."""
 Record = Mapping[str, Any]
 
 
@@ -152,7 +152,7 @@ class EdgeModel:
         self._network = _session(self.path, "model.onnx", threads)
         self._image_encoder = ImageEncoder(self.path, threads, self.about) if self.about["pictures"] else None
         grid = ImageGrid(self.about["stride"], self.about["max_patches"])
-        self.processor = Processor(Tokenizer.load(self.path), grid, longest)
+        self.processor = Processor(Tokenizer.load(self.path), grid, longest, source=self.about["source"])
 
     @property
     def image_encoder(self) -> ImageEncoder:

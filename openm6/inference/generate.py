@@ -1,4 +1,4 @@
-"""Autoregressive decoding after a bidirectional source, with a key/value cache: greedy, sampled, or by beam search.
+"""Autoregressive decoding after a source, with a key/value cache: greedy, sampled, or by beam search.
 
 The result of a row depends on that row alone: its own mask, its own cache length, its own random numbers. On a CPU its
 sums are also added up in one order (see PromptMask, RowMask, EVEN_KEYS and LEAST_ROWS), so that an answer, sampled or

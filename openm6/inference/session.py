@@ -54,6 +54,12 @@ class Session:
         path: Path | None = None,
         adapters: Adapters | None = None,
     ):
+        """Raises UsageError where model and processor do not read a source in the same way."""
+        if processor.source != model.config.source:
+            raise UsageError(
+                f"The model has a {model.config.source} source, the processor a {processor.source} one: "
+                "weights.directory.make_processor makes a model's processor."
+            )
         self.model = model
         self.processor = processor
         self.tasks = {task.name: task for task in tasks}

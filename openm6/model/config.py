@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from openm6.core.errors import UsageError, suggest
+from openm6.core.sequence import SOURCE_BLOCKS
 from openm6.model.network import NetworkConfig
 from openm6.model.presets import find_preset
 from openm6.model.routers import ROUTERS
@@ -16,6 +17,7 @@ _CHOICES = {
     "positions": ("rotary", "learned"),
     "image_embedder": ("none", "patch", "stem", "resnet"),
     "router": tuple(ROUTERS),
+    "source": tuple(SOURCE_BLOCKS),
 }
 
 
@@ -43,6 +45,8 @@ class ModelConfig(NetworkConfig):
     `weight_bits` 8 or 4: the directory holds weights in so few bits (model/lowbit.py).
 
     `distinct_layers` d shares weights: layer i is layer i mod d (Pseudo-to-Real, arXiv 2110.03888); null shares none.
+
+    `source` "causal": a position of a source sees only those before it, as in a decoder-only language model.
     """
 
     model_type: ClassVar[str] = "openm6"
@@ -69,6 +73,7 @@ class ModelConfig(NetworkConfig):
     bias: bool = None  # type: ignore[assignment]
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
+    source: str = "bidirectional"
 
     image_embedder: str = "patch"
     image_patch: int = 16

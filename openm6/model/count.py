@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from openm6.core.batch import Batch, count_pairs
+from openm6.core.sequence import CAUSAL
 from openm6.model.config import ModelConfig
 from openm6.model.embed import ImageEmbedder
 from openm6.model.network import without_memory
+from openm6.model.sparse import SparsePattern
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
@@ -48,11 +51,23 @@ def _count_image(config: ModelConfig) -> int:
         return sum(p.numel() for p in ImageEmbedder(config).parameters())
 
 
+def attention_pairs(config: ModelConfig, batch: Batch) -> int:
+    """Pairs of query and key that attention multiplies in a batch: those of the mask rule, and among the codes of a
+    block-sparse image those of the tiles that its pattern keeps."""
+    pairs = count_pairs(batch.segments, batch.blocks)
+    if batch.codes is None or not config.picture_side:
+        return pairs
+    codes, one_by_one = len(batch.codes), bool(batch.blocks[0, batch.codes.start] == CAUSAL)
+    dense = codes * (codes + 1) // 2 if one_by_one else codes**2
+    kept = round(SparsePattern.of(config, one_by_one).kept_share * codes**2)
+    return pairs - len(batch.ids) * (dense - kept)
+
+
 def training_flops(config: ModelConfig, positions: int, pairs: int, trained: int) -> float:
     """FLOPs of a forward and backward pass: 6 for every weight and position that meet, attention and head apart.
     Of the experts those count that a token sees.
 
-    positions: real ones (no padding). pairs: query-key pairs that the mask allows. trained: positions with a
+    positions: real ones (no padding). pairs: see `attention_pairs`. trained: positions with a
     label (the only ones that reach the head). The image embedder is left out, so the figure is a little low.
     """
     parts = _count_products(config)

@@ -292,7 +292,8 @@ def _assumptions(case: _Case, dry: bool) -> Iterator[str]:
     yield f"{machine.overlap:.0%} of communication runs beside products"
     yield f"{RESERVED:.0%} of {hardware.memory:g} GiB is left to driver, libraries and fragments"
     kind = "FlexAttention" if machine.gpu else "plain attention, which keeps its probabilities"
-    yield f"{kind}; a query sees half of its row on average"
+    both = ", and all of a bidirectional source" if work.labels < work.positions else ""
+    yield f"{kind}; a query sees half of its row on average{both if case.config.source == 'bidirectional' else ''}"
     if case.config.num_experts:
         yield "experts are loaded evenly"
     if work.images:

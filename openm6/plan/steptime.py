@@ -113,7 +113,10 @@ def step_time(
 
 def step_flops(config: ModelConfig, recompute: str, work: Work, gpu: bool) -> float:
     """FLOPs of a micro-batch: `training_flops`, and the recomputed part of the forward pass, which is a third of it."""
-    positions, pairs = work.positions, work.rows * work.length**2 // 2
+    positions, source = work.positions, 0
+    if config.source == "bidirectional":  # the positions without a label
+        source = work.length - work.labels // work.rows
+    pairs = work.rows * (work.length**2 + source**2) // 2
     flops = training_flops(config, positions, pairs, work.labels)
     if recompute == "none" or (recompute == "selective" and gpu):
         return flops

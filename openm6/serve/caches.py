@@ -148,7 +148,7 @@ def prefixes_of(hidden_BD: Tensor, cache: KVCache) -> list[Prefix]:
 def key_of(prompt: Sequence) -> bytes:
     """A digest of everything that the network reads of a prompt.
 
-    A source attends to itself in both directions, so that the cache of its beginning depends on its end: only whole
+    A source that attends to itself in both directions has a cache whose beginning depends on its end: only whole
     prompts are reused, never prefixes of them.
     """
     shown = [

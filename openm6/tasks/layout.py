@@ -1,10 +1,12 @@
 """Layout of a source's pieces and a target's tokens as a Sequence.
 
-    source, all see all              target, causal
+    source                           target, causal
     text <|image|> patch* <|/image|> <|answer|> t1 t2 ... tn
     labels: none                     t1         t2 t3 ... <|end|>
 
-The end token is only predicted, so it has no position of its own."""
+The end token is only predicted, so it has no position of its own. Whether the positions of a source all see each other
+or only those before them is a property of the model (`Processor.source`); it is written into `blocks` here and nowhere
+else."""
 
 from collections.abc import Sequence as Items
 from typing import NamedTuple
@@ -12,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from openm6.core.errors import ContextLengthError
-from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Picture, Sequence
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE_BLOCKS, Picture, Sequence
 from openm6.tasks.processor import Processor
 
 
@@ -60,7 +62,7 @@ def lay_out(
     if target is not None:
         ids += target[:wanted]
         truncated += len(target[wanted:])
-    blocks = np.full(len(ids), SOURCE, np.int32)
+    blocks = np.full(len(ids), SOURCE_BLOCKS[processor.source], np.int32)
     blocks[start:] = CAUSAL
     labels = np.full(len(ids), IGNORE, np.int32)
     if target is not None:

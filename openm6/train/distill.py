@@ -1,8 +1,8 @@
 """Distillation (recipe key `distill`): the student learns the teacher's distribution at every trained position, and
 the similarities between its positions.
 
-Teacher and student read the same batch, so both need the same tokenizer and the same grid of patches; sizes, layers and
-experts may differ.
+Teacher and student read the same batch, so both need the same tokenizer, the same grid of patches, and read a source in
+the same way; sizes, layers and experts may differ.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class DistillationTeacher:
     """A larger model, and its outputs for the batches of a student."""
 
     def __init__(self, settings: DistillSection, student: Processor, device: torch.device):
-        """Raises UsageError for a teacher whose tokenizer or grid of patches differs from the student's."""
+        """Raises UsageError for a teacher whose tokenizer, grid of patches or source differs from the student's."""
         self.settings = settings
         self.session = Session.load(settings.teacher, device)
         teacher = self.session.processor
@@ -50,6 +50,11 @@ class DistillationTeacher:
                 f"The teacher {settings.teacher} cuts a picture into at most {teacher.grid.max_patches} patches of "
                 f"{teacher.grid.stride} pixels, the student into {student.grid.max_patches} of {student.grid.stride}: "
                 "they have to be alike (model.sizes.image_max_patches)."
+            )
+        if teacher.source != student.source:
+            raise UsageError(
+                f"The teacher {settings.teacher} has a {teacher.source} source, the student a {student.source} one: "
+                "they have to be alike (model.sizes.source)."
             )
 
     @torch.no_grad()

@@ -23,7 +23,10 @@ class ModelSection(_Strict):
 
     preset: str | None = None
     path: Path | None = None
-    sizes: dict[str, Any] = Field(default_factory=dict, description="single values of ModelConfig to change")
+    sizes: dict[str, Any] = Field(
+        default_factory=dict,
+        description="single values of ModelConfig to change; of a model from a path `source` alone",
+    )
     codec: Path | None = Field(None, description="directory of an image codec, to generate images with")
     max_length: int | None = Field(None, ge=8, description="longest example in positions; the default is row_length")
 
@@ -31,8 +34,8 @@ class ModelSection(_Strict):
     def _one_start(self) -> ModelSection:
         if (self.preset is None) == (self.path is None):
             raise ValueError("give either preset or path")
-        if self.path and self.sizes:
-            raise ValueError("sizes change a preset; a model from a path keeps its own")
+        if self.path and (more := sorted(self.sizes.keys() - {"source"})):
+            raise ValueError(f"sizes change a preset; a model from a path keeps its {more[0]}: only source can change")
         return self
 
 
@@ -284,6 +287,8 @@ class Recipe(_Strict):
             raise ValueError("adapt changes an existing network: give model.path")
         if self.adapt and self.model.codec:
             raise ValueError("adapt leaves the model as it is, with the codec that it has: leave model.codec out")
+        if self.adapt and self.model.sizes:
+            raise ValueError("adapt leaves the model as it is, with the source that it has: leave model.sizes out")
         if self.pseudo and self.model.path:
             raise ValueError("pseudo trains a network from a preset; one from model.path has its layers already")
         if self.pseudo and self.pseudo.steps >= self.train.steps:

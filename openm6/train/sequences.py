@@ -17,7 +17,7 @@ from openm6.data.loader import Entry
 from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.model.adapters import adapter_config, add_adapter, prompt_length
-from openm6.model.count import training_flops
+from openm6.model.count import attention_pairs, training_flops
 from openm6.model.files import meta_model
 from openm6.tasks.heads import HEADS
 from openm6.train.contrastive import contrast
@@ -34,6 +34,7 @@ from openm6.train.setup import (
     data_notes,
     evaluate_entries,
     make_loader,
+    source_notes,
 )
 from openm6.train.start import start_codes
 
@@ -47,6 +48,7 @@ class SequenceObjective(Objective):
         self.adapter: Any = None
         self.notes: list[str] = []
         self.session = build_session(recipe, group)
+        self.notes += source_notes(recipe, self.session) if group.first else []
         entries, rejects = build_entries(recipe, self.session, group)
         self.seen_tokens = SeenTokens(self.session.processor, recipe.output, group)
         if recipe.adapt and self.path:
@@ -162,9 +164,8 @@ class SequenceObjective(Objective):
             values = HEADS[name].loss(outputs, wanted) if answered else outputs.sum(1)
             loss = loss + values.sum()
             losses += [(e.task, e.origin, v, 1) for (_, e, _), v in zip(answered, values.tolist(), strict=True)]
-        lengths = torch.bincount(batch.segments.flatten())[1:].double()
-        positions, pairs = int(lengths.sum()), int((lengths**2).sum() / 2)
-        flops = training_flops(self.session.model.config, positions, pairs, trained)
+        config, positions = self.session.model.config, int((batch.segments > 0).sum())
+        flops = training_flops(config, positions, attention_pairs(config, batch), trained)
         return MicroBatchResult(loss, losses, flops, positions, batch.ids.numel(), output.router_statistics)
 
     def _contrast(self, hidden_BTD: Tensor, batch: Batch, examples: list[Sequence]) -> tuple[Tensor, list[Sequence]]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from openm6.core.errors import UsageError
 from openm6.core.files import write_whole
-from openm6.core.images import ImageGrid
 from openm6.core.tokenizer import Tokenizer, common_characters
 from openm6.data.columns import SlotView, count_classes
 from openm6.data.loader import Entry, Loader
@@ -22,7 +21,7 @@ from openm6.evaluate.measure import check_metrics
 from openm6.inference.session import Session
 from openm6.model import ModelConfig
 from openm6.model.adapters import check_whole
-from openm6.model.files import meta_model
+from openm6.model.files import meta_model, read_config
 from openm6.tasks.library import get as get_task, names as library_names
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
@@ -32,6 +31,7 @@ from openm6.train.checkpoint import latest_checkpoint
 from openm6.train.distill import teacher_answers
 from openm6.train.distributed import Group
 from openm6.train.recipe import AnyRecipe, ModelSection, Recipe, SourceSection, TrainSection
+from openm6.weights.directory import make_processor, open_processor
 
 TOKENIZER = "tokenizer"
 """Folder of a run with the tokenizer that was trained for it."""
@@ -58,9 +58,14 @@ def build_session(recipe: Recipe, group: Group) -> Session:
             session.processor = replace(session.processor, max_length=length)
         if codec is not None:
             session.processor = replace(session.processor, codec=_fitting(codec, session, section))
+        if section.sizes:  # `source` alone (ModelSection)
+            session.model.config = config = replace(session.model.config, **section.sizes)
+            session.processor = replace(session.processor, source=config.source)
         return session
     tokenizer = _tokenizer(recipe, group, codec)
     sizes = {**section.sizes, "vocab_size": tokenizer.vocab_size, "num_codes": tokenizer.num_codes}
+    if recipe.distill and "source" not in sizes:  # student and teacher read the same batch
+        sizes["source"] = open_processor(recipe.distill.teacher)[0].source
     if "vocab_size" in section.sizes:
         raise UsageError(
             "model.sizes.vocab_size follows from the tokenizer: set tokenizer.vocab_size and tokenizer.num_codes."
@@ -69,8 +74,16 @@ def build_session(recipe: Recipe, group: Group) -> Session:
         sizes["distinct_layers"] = recipe.pseudo.layers
     config = ModelConfig.preset(section.preset or "", **sizes)
     length = _longest(config, section.max_length, recipe.train.row_length)
-    grid = ImageGrid(config.image_stride, config.image_max_patches)
-    return Session(meta_model(config), Processor(tokenizer, grid, length, codec, seen_tokens=frozenset()))
+    processor = make_processor(config, tokenizer, length, codec, seen_tokens=frozenset())
+    return Session(meta_model(config), processor)
+
+
+def source_notes(recipe: Recipe, session: Session) -> list[str]:
+    """A sentence where the model is trained on with another source than it had."""
+    path, now = recipe.model.path, session.processor.source
+    if path is None or (before := read_config(path).source) == now:
+        return []
+    return [f"The model {path} had a {before} source; it is trained on with a {now} one (model.sizes.source)."]
 
 
 def _longest(config: ModelConfig, asked: int | None, otherwise: int) -> int:

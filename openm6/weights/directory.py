@@ -23,7 +23,7 @@ from openm6.core.bases import base_of
 from openm6.core.errors import UsageError
 from openm6.core.images import ImageGrid
 from openm6.core.tokenizer import Tokenizer
-from openm6.model import M6
+from openm6.model import M6, ModelConfig
 from openm6.model.adapters import lay_beside, merge_adapter
 from openm6.model.changed import Active
 from openm6.model.cpu.pack import pack_for_cpu
@@ -75,10 +75,18 @@ def open_processor(path: Path) -> tuple[Processor, list[Task]]:
     """The processor and the tasks of a model, or of an adapter and its base; no weights are loaded."""
     tasks, length, prompt = read_card(path)
     place = base_of(path) or path
-    config = read_config(place)
-    grid = ImageGrid(config.image_stride, config.image_max_patches)
     codec = PictureCodec.load(place / CODEC) if (place / CODEC).is_dir() else None
-    return Processor(Tokenizer.load(place), grid, length, codec, prompt, read_seen_tokens(path)), tasks
+    seen = read_seen_tokens(path)
+    return make_processor(read_config(place), Tokenizer.load(place), length, codec, prompt, seen), tasks
+
+
+def make_processor(
+    config: ModelConfig, tokenizer: Tokenizer, max_length: int, codec: PictureCodec | None = None, prompt: int = 0,
+    seen_tokens: frozenset[int] | None = None,
+) -> Processor:  # fmt: skip
+    """The processor of a network of this configuration."""
+    grid = ImageGrid(config.image_stride, config.image_max_patches)
+    return Processor(tokenizer, grid, max_length, codec, prompt, seen_tokens, config.source)
 
 
 def describe(path: Path, model: M6, processor: Processor, tasks: Iterable[Task], adapter: Any = None) -> None:

@@ -46,6 +46,7 @@ def read_config(path: Path, **changes: Any) -> ModelConfig:
         "rope_theta": float(theirs.get("rope_theta") or rope.get("rope_theta", 10_000.0)),
         "norm_eps": theirs.get("rms_norm_eps", 1e-6),
         "qk_norm": True,
+        "source": "causal",
     }
     if family == "qwen3_moe":
         sizes |= _expert_sizes(path, theirs)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from openm6.core.batch import allowed, pack, pad
-from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, ImageTarget, Sequence
+from openm6.core.batch import allowed, count_pairs, pack, pad
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, SOURCE_BLOCKS, ImageTarget, Sequence
 from tests.conftest import EXPERTS, example, tiny_model
 
 shapes = st.lists(
@@ -18,9 +18,9 @@ shapes = st.lists(
 )
 
 
-def examples(parts: list, seed: int = 0) -> list[Sequence]:
-    rng = np.random.default_rng(seed)
-    return [example(rng, source, target, tuple(pictures)) for source, target, pictures in parts]
+def examples(parts: list, read: str = "bidirectional") -> list[Sequence]:
+    rng = np.random.default_rng(0)
+    return [example(rng, source, target, tuple(pictures), read=read) for source, target, pictures in parts]
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(-1, 2)), min_size=1, max_size=12))
@@ -32,6 +32,8 @@ def test_mask_is_the_written_rule(positions: list[tuple[int, int]]) -> None:
         for k, (segment_k, block_k) in enumerate(positions):
             expected = segment_q == segment_k and (k <= q or (block_q == block_k and block_q >= 0))
             assert bool(mask[q, k]) == expected
+    real = segments[0] > 0
+    assert count_pairs(segments, blocks) == int(mask[real][:, real].sum())
 
 
 @given(shapes, st.booleans())
@@ -68,9 +70,9 @@ def test_patches_are_placed_where_the_sequence_says(parts: list, even: bool) -> 
 
 
 @settings(deadline=None, max_examples=15)
-@given(shapes, st.sampled_from([{}, {"positions": "learned"}, EXPERTS]))
-def test_loss_and_hidden_states_are_the_same_packed_or_not(parts: list, changes: dict) -> None:
-    sequences = examples(parts)
+@given(shapes, st.sampled_from([{}, {"positions": "learned"}, EXPERTS]), st.sampled_from([*SOURCE_BLOCKS]))
+def test_loss_and_hidden_states_are_the_same_packed_or_not(parts: list, changes: dict, read: str) -> None:
+    sequences = examples(parts, read)
     model = tiny_model(**changes)
     with torch.no_grad():
         packed, padded = pack(sequences, 32, 0), pad(sequences, 0)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from openm6.core.errors import UsageError
+from openm6.core.sequence import SOURCE_BLOCKS
 from tests.conftest import command, drawing_session
 from tests.data.conftest import picture_bytes
 
@@ -50,6 +51,16 @@ def test_every_kind_of_slot_can_be_shown(tmp_path: Path, task: str, record: Any,
     (tmp_path / "a.png").write_bytes(picture_bytes())
     (example,) = checked(lines(tmp_path / "a.jsonl", record), task)["examples"]
     assert (example["source"], example["target"]) == (source, target)
+
+
+@pytest.mark.parametrize("source", SOURCE_BLOCKS)
+def test_a_models_own_reading_of_a_source_changes_nothing_shown(tmp_path: Path, source: str) -> None:
+    drawing_session(max_length=64, source=source).save(tmp_path / "model")
+    (tmp_path / "a.png").write_bytes(picture_bytes())
+    record = {"a": "杯子", "b": "红", "p": "a.png"}
+    for task, target in (("[text:a] -> [text:b]", "红"), ("[text:a] -> [image:p]", "[a.png, 8 x 8]")):
+        (example,) = checked(lines(tmp_path / "a.jsonl", record), task, "--model", tmp_path / "model")["examples"]
+        assert (example["source"], example["target"]) == ("杯子", target)
 
 
 def test_a_masked_text_is_shown_with_its_gaps(tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
 from typer.testing import CliRunner
 
 from openm6.cli import commands
 from openm6.core.batch import pad
 from openm6.core.errors import ContextLengthError, OpenM6Error, UsageError
 from openm6.core.images import ImageGrid
+from openm6.core.sequence import SOURCE_BLOCKS
 from openm6.core.tokenizer import Tokenizer
 from openm6.edge.device import IMAGE_ENCODER
 from openm6.edge.graph import Graph
@@ -31,6 +33,7 @@ from openm6.model import M6
 from openm6.model.cache import prefill, step
 from openm6.tasks.library import get
 from openm6.tasks.processor import Processor
+from openm6.weights.directory import make_processor
 from tests.conftest import EXPERTS, drawing_session, example, tiny_config, tiny_model
 from tests.edge.conftest import ASKED, ExactSession
 
@@ -96,6 +99,36 @@ def test_a_package_answers_what_the_model_answers(session: Session, package: Pat
             assert np.log(answer.confidence) == pytest.approx(score.score / length, abs=1e-3)
     assert list(edge.run_many("vqa", [ASKED["vqa"]] * 2)) == [session.run("vqa", **ASKED["vqa"])] * 2
     assert len(edge.run("caption", max_new_tokens=2, **ASKED["caption"])) <= 16
+
+
+@pytest.fixture(scope="module", params=SOURCE_BLOCKS)
+def exported(request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_factory: Any) -> tuple[Session, EdgeModel]:
+    """A model that reads a source in this way, and its package."""
+    torch.manual_seed(3)
+    config, place = tiny_config(vocab_size=tokenizer.vocab_size, source=request.param), tmp_path_factory.mktemp("read")
+    made = ExactSession(M6(config).eval(), make_processor(config, tokenizer, 96), [get("vqa"), get("item_vector")])
+    with torch.no_grad():
+        for name, parameter in made.model.named_parameters():
+            parameter.mul_(3 if parameter.ndim == 2 and "image" not in name else 1)
+    made.save(place / "model")
+    export(place / "model", place / "package")
+    return made, EdgeModel(place / "package")
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text("红色帽子是什么？", min_size=1, max_size=12), st.sampled_from([(16, 8), (24, 24), (40, 16)]))
+def test_a_package_reads_a_source_as_its_model(exported: tuple[Session, EdgeModel], text: str, size: tuple) -> None:
+    session, edge = exported
+    assert edge.processor.source == session.model.config.source == edge.about["source"]
+    record = {"photo": picture(*size), "question": text}
+    found = edge.answer("vqa", record, max_new_tokens=5)
+    with torch.no_grad():
+        prompt = session.prompt(session.task("vqa"), record)
+        state = session.model(pad([prompt], 0)).hidden[0, -1]
+    np.testing.assert_allclose(found.state, state.numpy(), atol=1e-4, rtol=1e-3)
+    assert found.value == session.run("vqa", decoding={"max_new_tokens": 5}, **record)
+    vectors = [one.run("item_vector", photo=record["photo"], title=text) for one in (session, edge)]
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-4)
 
 
 @pytest.mark.parametrize("characters", [600, 6000])

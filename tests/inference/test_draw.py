@@ -11,7 +11,7 @@ import torch
 
 from openm6.core.batch import pad
 from openm6.core.errors import UsageError
-from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, ImageTarget, Sequence
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE_BLOCKS, ImageTarget, Sequence
 from openm6.inference.draw import OPEN, Codes, Drawing, draw, estimate
 from openm6.inference.generate import sample
 from openm6.model import M6
@@ -26,9 +26,9 @@ def model(**sizes: Any) -> M6:
     return M6(tiny_config(initializer_range=0.2, **sizes)).eval()
 
 
-def prompt(length: int, seed: int = 0) -> Sequence:
+def prompt(length: int, seed: int = 0, read: str = "bidirectional") -> Sequence:
     ids = np.random.default_rng(seed).integers(4, VOCABULARY - 20, length).astype(np.int32)
-    blocks = np.full(length, SOURCE, np.int32)
+    blocks = np.full(length, SOURCE_BLOCKS[read], np.int32)
     blocks[-2:] = CAUSAL
     return Sequence(ids, blocks, np.full(length, IGNORE, np.int32))
 
@@ -46,9 +46,10 @@ def extended(start: Sequence, ids: list[int], block: int) -> Sequence:
 
 @pytest.mark.parametrize("sizes", [{}, {"norm": "layer", "activation": "gelu", "positions": "learned"}])
 @pytest.mark.parametrize("lengths", [(5, 5), (7, 4)])
-def test_filling_in_is_a_whole_forward_pass(sizes: dict[str, Any], lengths: tuple[int, int]) -> None:
+@pytest.mark.parametrize("read", SOURCE_BLOCKS)
+def test_filling_in_is_a_whole_forward_pass(sizes: dict[str, Any], lengths: tuple[int, int], read: str) -> None:
     network = model(**sizes)
-    prompts = [prompt(length, seed) for seed, length in enumerate(lengths)]
+    prompts = [prompt(length, seed, read) for seed, length in enumerate(lengths)]
     ids = torch.randint(4, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         _, cache = prefill(network, pad(prompts, 0), 20)
@@ -80,8 +81,9 @@ def test_a_network_in_bf16_fills_in_what_it_fills_in_fp32(sizes: dict[str, Any],
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
-def test_one_after_the_other_is_what_it_says(guidance: float) -> None:
-    network, given, free = model(), prompt(6), prompt(4, 1)
+@pytest.mark.parametrize("read", SOURCE_BLOCKS)
+def test_one_after_the_other_is_what_it_says(guidance: float, read: str) -> None:
+    network, given, free = model(), prompt(6, read=read), prompt(4, 1, read)
     found = draw(network, [given], [free], CODES, Drawing(passes=0, temperature=0, guidance=guidance)).codes[0].tolist()
     ids: list[int] = []
     with torch.inference_mode():

@@ -14,20 +14,21 @@ from hypothesis import given, settings, strategies as st
 
 from openm6.core.batch import pad
 from openm6.core.errors import UsageError
-from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Sequence, TextTarget
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, SOURCE_BLOCKS, Sequence, TextTarget
 from openm6.inference import Decoding, generate, stream
 from openm6.inference.draw import Drawing
 from openm6.inference.generate import row_generator, sample, select_tokens
 from openm6.inference.permitted import permitted
 from openm6.model import M6
+from openm6.model.cache import prefill, step
 from openm6.model.cpu.pack import pack_for_cpu
 from tests.conftest import EXPERTS, example, tiny_model
 
 END = 5
 
 
-def prompt(rng: np.random.Generator, source: int, pictures: tuple = ()) -> Sequence:
-    return example(rng, source, 1, pictures)
+def prompt(rng: np.random.Generator, source: int, pictures: tuple = (), read: str = "bidirectional") -> Sequence:
+    return example(rng, source, 1, pictures, read=read)
 
 
 def grown(sequence: Sequence, ids: list[int]) -> Sequence:
@@ -63,15 +64,43 @@ def slow_greedy(model: M6, sequence: Sequence, count: int) -> list[int]:
     st.sampled_from(
         [{}, {"positions": "learned", "norm": "layer", "activation": "gelu"}, {"num_key_value_heads": 2}, EXPERTS]
     ),
+    st.sampled_from([*SOURCE_BLOCKS]),
 )
-def test_cached_batched_greedy_equals_the_uncached_loop(parts: list, changes: dict) -> None:
+def test_cached_batched_greedy_equals_the_uncached_loop(parts: list, changes: dict, read: str) -> None:
     model = tiny_model(**changes)
     rng = np.random.default_rng(0)
-    prompts = [prompt(rng, source, pictures) for source, pictures in parts]
+    prompts = [prompt(rng, source, pictures, read) for source, pictures in parts]
     answers = generate(model, prompts, END, Decoding(max_new_tokens=8), batch_size=3)
     for sequence, answer in zip(prompts, answers, strict=True):
         assert answer.ids == slow_greedy(model, sequence, 8)
         assert answer.finished == (len(answer.ids) < 8)
+
+
+@settings(max_examples=10)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(1, 5), st.sampled_from([*SOURCE_BLOCKS]))
+@torch.no_grad()
+def test_steps_on_a_cache_are_a_whole_forward_pass(sources: list[int], count: int, read: str) -> None:
+    model, rng = tiny_model(), np.random.default_rng(1)
+    prompts = [prompt(rng, source, read=read) for source in sources]
+    ids = rng.integers(1, 97, (len(prompts), count))
+    hidden, cache = prefill(model, pad(prompts, 0, rounded=True), max(map(len, prompts)) + count)
+    found = torch.stack([hidden, *(step(model, torch.from_numpy(column), cache) for column in ids.T)], 1)
+    for row, sequence in enumerate(prompts):
+        whole = model(pad([grown(sequence, ids[row].tolist())], 0)).hidden[0, -count - 1 :]
+        torch.testing.assert_close(found[row], whole, atol=1e-4, rtol=1e-3)
+
+
+@given(st.integers(2, 12), st.data())
+@settings(max_examples=10)
+@torch.no_grad()
+def test_a_causal_prompt_may_be_read_in_parts(length: int, data: st.DataObject) -> None:
+    model, whole = tiny_model(), prompt(np.random.default_rng(2), length, read="causal")
+    first = data.draw(st.integers(1, length))
+    begun = Sequence(whole.ids[:first], whole.blocks[:first], whole.labels[:first])
+    hidden, cache = prefill(model, pad([begun], 0), length + 1)
+    for token in whole.ids[first:]:
+        hidden = step(model, torch.tensor([int(token)]), cache)
+    torch.testing.assert_close(hidden, prefill(model, pad([whole], 0), length + 1)[0], atol=1e-4, rtol=1e-3)
 
 
 def test_score_is_the_log_probability_of_the_answer() -> None:

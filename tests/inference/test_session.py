@@ -17,7 +17,7 @@ from openm6.compress.convert import import_model
 from openm6.core.batch import pad
 from openm6.core.errors import ContextLengthError, DataError, OpenM6Error, UsageError
 from openm6.core.images import ImageGrid
-from openm6.core.sequence import IGNORE
+from openm6.core.sequence import CAUSAL, IGNORE
 from openm6.core.tokenizer import Tokenizer
 from openm6.inference.session import Session
 from openm6.model import M6
@@ -27,6 +27,7 @@ from openm6.tasks.forms import answer_constraint
 from openm6.tasks.library import get as get_task
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
+from openm6.weights.directory import make_processor
 from tests.conftest import command, drawing_session, tiny_config
 from tests.tasks.conftest import picture
 
@@ -361,6 +362,25 @@ def test_a_model_with_a_damaged_card_or_weights_is_told(session: Session, tmp_pa
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}), "utf-8")
     with pytest.raises(OpenM6Error, match=r"has the shape .*but its config.json asks for"):
         Session.load(tmp_path)
+
+
+def test_how_a_source_is_read_is_kept_with_the_model(session: Session, tmp_path: Path) -> None:
+    config = tiny_config(vocab_size=session.model.config.vocab_size, num_codes=8, source="causal")
+    model = M6(config).eval()
+    with pytest.raises(UsageError, match="The model has a causal source, the processor a bidirectional one"):
+        Session(model, session.processor)
+    made = Session(model, make_processor(config, session.processor.tokenizer, 64), session.tasks.values())
+    made.save(tmp_path / "a")
+    loaded = Session.load(tmp_path / "a")
+    assert loaded.model.config.source == loaded.processor.source == "causal"
+    assert set(loaded.prompt(loaded.task("kind"), {"photo": picture()}).blocks) == {CAUSAL}
+    content = json.loads((tmp_path / "a/config.json").read_text("utf-8"))
+    del content["source"]  # of a model from before, whose source was bidirectional
+    (tmp_path / "a/config.json").write_text(json.dumps(content), "utf-8")
+    assert Session.load(tmp_path / "a").processor.source == "bidirectional"
+    (tmp_path / "a/config.json").write_text(json.dumps({**content, "source": "both"}), "utf-8")
+    with pytest.raises(OpenM6Error, match='config.json: model.source is "both"; it can be bidirectional, causal'):
+        Session.load(tmp_path / "a")
 
 
 def test_large_models_are_saved_in_shards(session: Session, tmp_path: Path) -> None:

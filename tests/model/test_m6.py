@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from transformers import AutoConfig, AutoModel
 
 import openm6.hf
@@ -120,6 +121,22 @@ def test_source_is_read_both_ways_and_target_is_not() -> None:
     late_target = example(np.random.default_rng(3), 6, 6)
     late_target.ids[11] = (late_target.ids[11] + 1) % 97
     torch.testing.assert_close(model(pad([late_target], 0)).hidden[0, :11], before[:11])
+
+
+@settings(max_examples=20)
+@given(st.lists(st.sampled_from([(1, 1), (1, 2), (2, 2)]), max_size=2), st.integers(1, 8), st.data())
+def test_no_position_of_a_causal_source_depends_on_a_later_one(shapes: list, source: int, data: st.DataObject) -> None:
+    model = tiny_model()
+    one, other = (example(np.random.default_rng(0), source, 3, tuple(shapes), read="causal") for _ in range(2))
+    place = data.draw(st.integers(0, len(one) - 1))
+    other.ids[place:] = np.random.default_rng(1).integers(1, 97, len(one) - place)
+    for picture in other.pictures:
+        if picture.start >= place:
+            picture.pixels[...] = 255 - picture.pixels
+    with torch.no_grad():
+        hidden = model(pack([one, other], 64, 0)).hidden
+        first, second = hidden.flatten(0, 1)[: 2 * len(one)].split(len(one))
+    torch.testing.assert_close(first[:place], second[:place], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("embedder", ["patch", "stem", "resnet"])

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.core.batch import Batch, allowed, pad, pad_drawn
+from openm6.core.batch import Batch, allowed, count_pairs, pad, pad_drawn
 from openm6.core.errors import OpenM6Error
-from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, ImageTarget, Sequence
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, SOURCE_BLOCKS, ImageTarget, Sequence
 from openm6.inference.draw import Codes, Drawing, draw, estimate
 from openm6.model import M6
 from openm6.model.attention import rotary_angles
+from openm6.model.count import attention_pairs
 from openm6.model.cpu.attention import additive
 from openm6.model.sparse import SparsePattern
 from tests.conftest import VOCABULARY, tiny_config
@@ -26,9 +27,9 @@ def sparse_model(**sizes: object) -> M6:
     return M6(tiny_config(initializer_range=0.2, picture_side=SIDE, picture_tile=[2, 2], **sizes)).eval()
 
 
-def drawn(text: int, block: int, tail: int, seed: int) -> Sequence:
+def drawn(text: int, block: int, tail: int, seed: int, read: str = "bidirectional") -> Sequence:
     rng, total = np.random.default_rng(seed), text + COUNT + tail
-    blocks = np.full(total, SOURCE, np.int32)
+    blocks = np.full(total, SOURCE_BLOCKS[read], np.int32)
     blocks[text - 2 : text] = CAUSAL
     blocks[text:] = block
     labels = rng.integers(4, VOCABULARY, total).astype(np.int32)
@@ -51,11 +52,14 @@ def by_explicit_mask(network: M6, batch: Batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["both ways", "judged", "one by one"])
-@pytest.mark.parametrize("sizes", [{}, {"num_key_value_heads": 2}, {"positions": "learned", "norm": "layer"}])
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"num_key_value_heads": 2}, {"positions": "learned", "norm": "layer"}, {"source": "causal"}],
+)
 def test_training_is_that_of_the_explicit_mask(kind: str, sizes: dict[str, object]) -> None:
     network = sparse_model(**sizes)
     block, tail = (CAUSAL, 0) if kind == "one by one" else (1, 3 if kind == "judged" else 0)
-    some = [drawn(text, block, tail, seed) for seed, text in enumerate((7, 4, 12))]
+    some = [drawn(text, block, tail, seed, network.config.source) for seed, text in enumerate((7, 4, 12))]
     batch = pad_drawn(some, 0)
     real = batch.segments > 0
     output = network(batch)
@@ -71,6 +75,16 @@ def test_training_is_that_of_the_explicit_mask(kind: str, sizes: dict[str, objec
         wanted_gradient = dict(network.named_parameters())[name].grad
         scale = float(wanted_gradient.abs().max())
         torch.testing.assert_close(gradient / scale, wanted_gradient / scale, atol=2e-3, rtol=1e-2, msg=name)
+
+
+@pytest.mark.parametrize("block", [1, CAUSAL])
+def test_pairs_are_those_of_the_mask_and_of_the_tiles(block: int) -> None:
+    config, some = sparse_model().config, [drawn(text, block, 0, text) for text in (7, 4)]
+    batch, pattern = pad_drawn(some, 0), SparsePattern(SIDE, (2, 2), block == CAUSAL)
+    tiles = pattern.neighbours()[1].sum() * pattern.area**2
+    texts = sum(length * (length + 1) // 2 + (length - 2) * (length - 3) // 2 + length * COUNT for length in (7, 4))
+    assert attention_pairs(config, batch) == texts + 2 * tiles
+    assert attention_pairs(tiny_config(), batch) == count_pairs(batch.segments, batch.blocks)
 
 
 def prompts() -> list[Sequence]:

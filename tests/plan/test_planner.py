@@ -333,6 +333,29 @@ def test_a_recipe_is_planned_as_it_is(run: Any, tmp_path: Path) -> None:
     assert "muon" in content["assumptions"][0]
 
 
+def test_attention_within_a_source_is_counted_as_it_is_read(run: Any, tmp_path: Path) -> None:
+    work = Work(8, 512, trained=8 * 112)
+    both, causal = (ModelConfig.preset("small", source=source) for source in ("bidirectional", "causal"))
+    flops = [step_flops(config, "none", work, True) for config in (both, causal)]
+    assert flops[1] == training_flops(causal, 8 * 512, 8 * 512 * 512 // 2, 8 * 112)
+    assert flops[0] - flops[1] == pytest.approx(12 * 12 * 512 * 8 * 400 * 400 / 2)
+    said = [make_plan(config, on("a100-40g", 1), work).assumptions for config in (both, causal)]
+    assert "half of its row on average, and all of a bidirectional source" in "\n".join(said[0])
+    assert "bidirectional" not in "\n".join(said[1])
+    # A recipe that starts from a model may change how that one reads.
+    causal.save(tmp_path / "model")
+    recipe = {
+        "name": "r", "output": str(tmp_path / "out"), "model": {"path": str(tmp_path / "model")},
+        "data": [{"source": "demo:catalogue/train", "task": "caption"}], "train": {"steps": 10},
+    }  # fmt: skip
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
+    change = "model.sizes.source=bidirectional"
+    assert run(str(tmp_path / "r.yaml"), change, "--gpus", "2", "--json").exit_code == 0
+    assert "it can be bidirectional, causal" in str(
+        run(str(tmp_path / "r.yaml"), f"{change}ly", "--gpus", "2").exception
+    )
+
+
 @pytest.mark.slow
 def test_a_recipe_alone_is_timed_on_this_machine(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

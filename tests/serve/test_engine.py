@@ -19,6 +19,7 @@ from openm6.serve.caches import Recent, Slots, prefixes_of
 from openm6.serve.engine import Engine
 from openm6.serve.wire import Settings
 from openm6.serve.work import EngineRequest
+from tests.conftest import drawing_session
 from tests.serve.conftest import Watched
 from tests.tasks.conftest import picture
 
@@ -56,6 +57,21 @@ def test_texts_are_those_of_the_offline_decoder(session: Session) -> None:
     for identity, (task, _, _) in asked.items():
         if task == "write":
             assert pieces[identity] == found[identity].value
+
+
+def test_a_causal_source_is_read_so(session: Session) -> None:
+    causal = drawing_session(max_length=64, tasks=("vqa", "text_to_image"), source="causal", initializer_range=0.2)
+    watched = Watched(causal)
+    few = {"max_new_tokens": 6}
+    for number, text in enumerate((*TEXTS, TEXTS[0])):
+        watched.ask(str(number), "question_answering", question=text, decoding=few)
+        watched.engine.step()
+    watched.ask("drawn", "text_to_image", caption="红色", decoding={"passes": 0, "seed": 3})
+    found = watched.finish()
+    for number, text in enumerate(TEXTS):
+        assert found[str(number)].value == offline(causal, "question_answering", few, question=text)
+    assert watched.engine.state().prompt_hits == 1
+    assert found["drawn"].error is None
 
 
 def test_labels_come_with_probabilities_where_they_are_asked_for(session: Session) -> None:

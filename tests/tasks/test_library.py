@@ -1,12 +1,13 @@
 """Every task of the library does what it says, on its own example."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from openm6.core.errors import UsageError
-from openm6.core.sequence import IGNORE, SketchTarget
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, SketchTarget
 from openm6.inference import Decoding
 from openm6.inference.draw import Drawing
 from openm6.model.codec import Codec, CodecConfig
@@ -85,6 +86,20 @@ def test_a_task_works_on_its_example(processor: Processor, name: str) -> None:
     assert Decoding.of(**task.decode).max_new_tokens >= 16
     assert task_from_dict(task.to_dict()) == task
     assert set(task.schema()["inputs"]["properties"]) == set(task.inputs)
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_causal_source_changes_the_blocks_of_the_source_alone(processor: Processor, name: str) -> None:
+    """Drafts of a sketch, and codes of a picture that are learned by masks, go on seeing each other both ways."""
+    task = get(name)
+    codec = PictureCodec(Codec(CodecConfig(image_size=16, widths=[8, 16], patch=2, levels=[4, 4], depth=1)))
+    both = replace(processor, max_length=512, codec=codec)
+    shots = [] if task.draws or task.produces_no_tokens or task.sketch else [example(task)]
+    for encode in (encode_prompt, lambda *x, **y: encode_example(*x, rng=np.random.default_rng(len(name)), **y)):
+        one, other = (encode(task, example(task), way, shots=shots) for way in (both, replace(both, source="causal")))
+        assert SOURCE in one.blocks and SOURCE not in other.blocks
+        assert np.array_equal(other.blocks, np.where(one.blocks == SOURCE, CAUSAL, one.blocks))
+        assert np.array_equal(other.ids, one.ids) and np.array_equal(other.labels, one.labels)
 
 
 def test_a_task_is_found_by_name_path_or_line(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 
 from openm6.core.batch import pad
 from openm6.core.errors import UsageError
-from openm6.core.sequence import IGNORE, SOURCE, Sequence, SketchTarget
+from openm6.core.sequence import IGNORE, SOURCE, SOURCE_BLOCKS, Sequence, SketchTarget
 from openm6.core.tokenizer import Tokenizer
 from openm6.inference.refine import refine
 from openm6.model import M6
@@ -181,9 +182,11 @@ def test_what_is_written_keeps_the_sketch_and_does_not_depend_on_the_batch(model
             assert all(token in after for token in piece)  # in order
 
 
-def test_drafts_of_other_lengths_are_asked_as_each_alone(model: M6, processor: Processor) -> None:
+@pytest.mark.parametrize("read", SOURCE_BLOCKS)
+def test_drafts_of_other_lengths_are_asked_as_each_alone(model: M6, processor: Processor, read: str) -> None:
     import torch
 
+    processor = replace(processor, source=read)
     prompts = [encode_prompt(task(), {"given": text}, processor) for text in ("红", "一件蓝色的帽子")]
     drafts = [[5, 6, 7, 8, 9], [11, 12]]
     width = torch.zeros(2, 5, dtype=torch.int64)

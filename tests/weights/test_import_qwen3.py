@@ -7,11 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from openm6.core.batch import pad
 from openm6.core.errors import UsageError
 from openm6.core.sequence import CAUSAL, IGNORE, Sequence
+from openm6.core.tokenizer import Tokenizer
+from openm6.inference.session import Session
+from openm6.tasks.encode import encode_example
+from openm6.tasks.task import Task
+from openm6.weights.directory import make_processor
 from openm6.weights.import_qwen3 import import_qwen3
 
 SHAPES = [
@@ -57,6 +63,30 @@ def test_logits_equal_transformers(tmp_path: Path, shape: dict, save: dict) -> N
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids)[None]).logits[0]
         logits = ours.logits(ours(pad([text(ids)], 0)).hidden)[0]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Qwen3ForCausalLM, Session]:
+    place, tokenizer = tmp_path_factory.mktemp("qwen3"), Tokenizer.train(["今天天气很好"], 400, num_codes=0)
+    theirs = checkpoint(place, {**SHAPES[0], "vocab_size": tokenizer.vocab_size})
+    model = import_qwen3(place, image_embedder="none").eval()
+    return theirs, Session(model, make_processor(model.config, tokenizer, 128))
+
+
+@settings(max_examples=20)
+@given(text=st.text("今天天气很好ab ，", max_size=20), answer=st.text("今天天气很好ab ，", max_size=9))
+@torch.no_grad()
+def test_a_task_is_read_as_transformers_reads_its_ids(
+    imported: tuple[Qwen3ForCausalLM, Session], text: str, answer: str
+) -> None:
+    """An imported model reads a source causally: source and answer give transformers' logits on the same ids."""
+    theirs, ours = imported
+    assert ours.model.config.source == "causal"
+    task = Task.from_instruction("[text:text] 回答: -> [text:answer]")
+    one = encode_example(task, {"text": text or "天", "answer": answer or "好"}, ours.processor)
+    expected = theirs(torch.from_numpy(one.ids)[None].long()).logits[0]
+    logits = ours.model.logits(ours.model(pad([one], 0)).hidden)[0]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
