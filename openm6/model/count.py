@@ -21,7 +21,7 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     learned = config.max_position_embeddings * d if config.positions == "learned" else 0
     return {
         "embedding": config.vocab_size * d + learned,
-        "attention": layers * (d * qkv + heads * width * d + bias * (qkv + d)),
+        "attention": layers * (d * qkv + heads * width * d + config.qkv_bias * qkv + bias * d),
         "feed_forward": (layers - with_experts) * feed_forward,
         "experts": with_experts * config.num_experts * per_width * config.expert_intermediate_size,
         "shared_experts": with_experts * per_width * config.shared_intermediate_size,

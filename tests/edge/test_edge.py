@@ -31,7 +31,7 @@ from openm6.model import M6
 from openm6.model.cache import prefill, step
 from openm6.tasks.library import get
 from openm6.tasks.processor import Processor
-from tests.conftest import EXPERTS, drawing_session, example, tiny_config, tiny_model
+from tests.conftest import EXPERTS, LLAMA3, YARN, drawing_session, example, tiny_config, tiny_model
 from tests.tasks.conftest import picture
 
 pytestmark = pytest.mark.slow
@@ -54,7 +54,7 @@ class ExactSession(Session):
 def session(tokenizer: Tokenizer) -> Session:
     torch.manual_seed(1)
     config = tiny_config(vocab_size=tokenizer.vocab_size, image_embedder="stem", stem_widths=[8, 8, 16], qk_norm=True,
-                         num_key_value_heads=2)  # fmt: skip
+                         num_key_value_heads=2, qkv_bias=True, rotary_scaling=YARN)  # fmt: skip
     tasks = [get(name) for name in ASKED if name != "text_classification"]
     tasks.append(get("text_classification").with_labels({"label": ["好", "不好", "还行"]}))
     made = ExactSession(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 96), tasks)
@@ -86,6 +86,8 @@ def package(model: Path) -> Path:
         {"tie_word_embeddings": False},
         {"num_hidden_layers": 4, "distinct_layers": 2},
         {"heads": {"number": 1}},
+        {"qkv_bias": True, "rotary_scaling": YARN},
+        {"rotary_scaling": LLAMA3},
     ],
 )
 def test_the_graph_is_the_network(changes: dict[str, Any]) -> None:
