@@ -48,10 +48,15 @@ def rotate(x_BTHE: Tensor, rope: Rope) -> Tensor:
     return torch.addcmul(x_BTHE * cos, x_BTHE.roll(x_BTHE.shape[-1] // 2, dims=-1), sin)
 
 
+def llama3_factors(width: int, theta: float, scaling: dict[str, Any]) -> Tensor:
+    """By what the scaling `llama3` divides the frequencies of a head of `width`, fp32 [E / 2]."""
+    frequency = 1.0 / _period(width, theta, torch.device("cpu"))
+    return frequency / _llama3(frequency, scaling)
+
+
 def _frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, float]:
-    """Angles per position, fp32 [E/2], and the factor of cosine and sine."""
-    width = config.head_dim
-    period = config.rope_theta ** (torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+    """Angles per position, fp32 [E / 2], and the factor of cosine and sine."""
+    period = _period(config.head_dim, config.rope_theta, device)
     scaling = config.rotary_scaling or {}
     match scaling.get("rope_type"):
         case "llama3":
@@ -59,6 +64,11 @@ def _frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, flo
         case "yarn":
             return _yarn(period, config.rope_theta, scaling), _attention_factor(scaling)
     return 1.0 / period, 1.0
+
+
+def _period(width: int, theta: float, device: torch.device) -> Tensor:
+    exponent: Tensor = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
+    return theta**exponent
 
 
 def _llama3(frequency: Tensor, scaling: dict[str, Any]) -> Tensor:

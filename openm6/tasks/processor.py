@@ -21,7 +21,8 @@ class Processor:
     max_length   maximum length of an example, in positions
     codec        the image codec of a model that draws
     prompt       number of positions before every example that an adapter fills
-    seen_tokens  ids that the model has met in training; None: unknown"""
+    seen_tokens  ids that the model has met in training; None: unknown
+    origin       name and licence of the checkpoint that the weights began with; None: they began at random"""
 
     tokenizer: Tokenizer
     grid: ImageGrid
@@ -29,3 +30,4 @@ class Processor:
     codec: PictureCodec | None = None
     prompt: int = 0
     seen_tokens: frozenset[int] | None = None
+    origin: dict[str, str] | None = None
