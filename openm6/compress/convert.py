@@ -40,8 +40,8 @@ def import_model(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ModelConfig:  # fmt: skip
     """A model directory with the weights of an open checkpoint (weights/import_checkpoint.py) as its backbone, in their
-    precision, and its licence files; an image encoder starts at random. `progress` is told the megabytes written.
-    Raises UsageError for a checkpoint that cannot be imported or an `output` that exists."""
+    precision, and its licence files; an image encoder starts at random. `progress` gets the megabytes written and their
+    total. Raises UsageError for a checkpoint that cannot be imported or an `output` that exists."""
     require_new(output)
     checkpoint = open_checkpoint(path)
     tokenizer = Tokenizer.wrap(checkpoint.fast(), num_codes, start_at=checkpoint.config.vocab_size)

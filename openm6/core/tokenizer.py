@@ -267,7 +267,10 @@ class Tokenizer:
         `start_at` is the first id to be ours, where the embedding of the model has more rows than the tokenizer has
         tokens (Qwen3: 151,936 rows, 151,669 tokens)."""
         fast = foreign if isinstance(foreign, tokenizers.Tokenizer) else open_fast(Path(foreign))
-        used = max(fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        vocabulary = fast.get_vocab(with_added_tokens=True)
+        if taken := [token for token in SPECIAL if token in vocabulary]:
+            raise UsageError(f"The tokenizer has a token {taken[0]}, which is the name of one of OpenM6's.")
+        used = max(vocabulary.values(), default=-1) + 1
         if start_at is not None and start_at < used:
             raise UsageError(f"start_at is {start_at}, but the tokenizer uses the ids up to {used - 1}.")
         fillers = [f"<|unused_{k}|>" for k in range(used, start_at or used)]

@@ -46,7 +46,7 @@ def import_weights(
     checkpoint: Checkpoint, config: ModelConfig, folder: Path, progress: Callable[[int, int], None]
 ) -> None:
     """Write the safetensors files of a network of `config`: that of the checkpoint, which may have a larger vocabulary
-    and an image encoder. `progress` is told the megabytes written, and of how many.
+    and an image encoder. `progress` gets the megabytes written and their total.
 
     Each tensor has the precision that it has in the checkpoint. The old rows of the embedding (and head) stay as they
     are; new ones start at the mean of the old ones plus noise, so that they are neither likely nor out of scale. The

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.import_checkpoint import SHAPES, run
 from openm6.compress.convert import import_model
 from openm6.core.errors import OpenM6Error, UsageError
 from openm6.inference.session import Session
@@ -108,6 +109,13 @@ def test_an_image_encoder_is_added_on_request(tmp_path: Path) -> None:
     assert config.image_embedder == "stem" and 0 < loaded.image.row.std() < 0.5
     ids = np.arange(20)
     torch.testing.assert_close(logits(loaded, ids), logits(imported(path), ids))
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_checkpoint() -> None:
+    sizes = {**SHAPES["Qwen3-0.6B"], "num_hidden_layers": 8}
+    (row,), _ = run({"of 8 layers": sizes}, 100_000)
+    assert row["GB"] > 0.4 and row["peak, GB"] - row["libraries, GB"] < 0.25
 
 
 CONFIGURATIONS: list[tuple[str, dict[str, Any], str]] = [
