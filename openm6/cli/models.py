@@ -12,7 +12,7 @@ from openm6.cli.checks import MODEL, check_inputs, find, refuse_idle
 from openm6.cli.options import Column, Json
 from openm6.cli.output import counted, emit, pairs, share, table, tell
 from openm6.core.bases import base_of, changed_base
-from openm6.core.errors import UsageError
+from openm6.core.errors import UsageError, suggest_path
 from openm6.core.files import require_new, require_writable, write_whole
 from openm6.hub.catalogue import MODEL as MODEL_KIND, Catalogue, Version
 
@@ -44,6 +44,8 @@ def import_(
 ) -> None:
     """Import an open checkpoint as the backbone: the same weights, added tokens, image input on request."""
     require_new(output)
+    if not path.exists():
+        raise UsageError(f"{path} is not a checkpoint: there is no such path.{suggest_path(path)}")
 
     from openm6.compress.convert import import_model
 

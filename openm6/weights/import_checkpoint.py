@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from openm6.core.errors import UsageError, suggest_path
+from openm6.core.errors import UsageError
 from openm6.model.config import ModelConfig
 from openm6.model.embed import ImageEmbedder
 from openm6.model.files import meta_model, write_shards, write_tensors
@@ -30,16 +30,15 @@ _GROWING = ("embed.weight", "head.weight")
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Raises UsageError for what cannot be imported, by the key of its configuration, OpenM6Error for damaged files."""
-    if not path.exists():
-        raise UsageError(f"{path} is no checkpoint: there is no such path.{suggest_path(path)}")
     if path.is_dir():
         return open_huggingface(path)
-    with path.open("rb") as file:
-        if file.read(len(MAGIC)) == MAGIC:
-            return open_gguf(path)
-    if path.suffix in PICKLED:
-        raise is_pickled(path)
-    raise UsageError(f"{path} is no checkpoint: give a directory with config.json and safetensors, or a GGUF file.")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                return open_gguf(path)
+        if path.suffix in PICKLED:
+            raise is_pickled(path)
+    raise UsageError(f"{path} is not a checkpoint: give a directory with config.json and safetensors, or a GGUF file.")
 
 
 def import_weights(

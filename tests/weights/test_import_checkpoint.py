@@ -154,7 +154,7 @@ def test_what_cannot_be_imported_is_refused_by_its_key(
 
 
 def test_files_that_are_not_a_checkpoint_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no such path"):
+    with pytest.raises(UsageError, match="nowhere is not a checkpoint: give a directory"):
         open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="has no config.json: give the directory of a Hugging Face checkpoint"):
         open_checkpoint(tmp_path)
@@ -162,7 +162,7 @@ def test_files_that_are_not_a_checkpoint_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"GGUF files: import one of them, such as .*small\.gguf"):
         open_checkpoint(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(UsageError, match="is no checkpoint: give a directory"):
+    with pytest.raises(UsageError, match="is not a checkpoint: give a directory"):
         open_checkpoint(tmp_path / "notes.txt")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(OpenM6Error, match=r"config.json is not valid JSON"):
