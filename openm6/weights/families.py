@@ -141,7 +141,7 @@ def model_config(theirs: Mapping[str, Any], file: Path) -> ModelConfig:
     keys = KEYS | (EXPERT_KEYS if family.has_experts else {})
     values = {ours: getattr(found, key) for ours, key in keys.items() if getattr(found, key, None) is not None}
     for ours, value in values.items():
-        if isinstance(value, int) and not isinstance(value, bool) and not 0 < value < 2**31:
+        if (type(value) is int or ours == "norm_eps") and not 0 < value < 2**31:
             raise UsageError(f"{file}: {keys[ours]} is {value}; it has to be a number above 0.")
     if family.has_experts:
         values["dense_layers"] = _dense_layers(found.mlp_only_layers, file)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openm6.core.errors import OpenM6Error, UsageError
+from openm6.core.errors import OpenM6Error, UsageError, cut
 from openm6.core.extras import require
 from openm6.model.config import ModelConfig
 from openm6.model.rotary import llama3_factors
@@ -70,20 +70,22 @@ def open_gguf(path: Path) -> Checkpoint:
     """Raises what `open_checkpoint` does."""
     require("gguf", "gguf")
     fields, stored = _read(path)
-    architecture = fields.get("general.architecture")
+    architecture, parts = str(fields.get("general.architecture")), fields.get("split.count", 1)
     known = dict.fromkeys(family.gguf for family in FAMILIES.values())
-    if fields.get("general.type", "model") != "model":
-        raise UsageError(f"{path}: general.type is {fields['general.type']!r}; only a model can be imported.")
+    if (kind := fields.get("general.type", "model")) != "model":
+        raise _refusal(path, "general.type", kind, "only a model can be imported")
     if architecture not in known:
-        raise UsageError(f"{path}: general.architecture is {architecture!r}; what can be imported: {', '.join(known)}.")
-    if fields.get("split.count", 1) != 1:
-        raise UsageError(
-            f"{path}: split.count is {fields['split.count']}; merge its files first (llama-gguf-split --merge)."
-        )
+        raise _refusal(path, "general.architecture", architecture, f"what can be imported: {', '.join(known)}")
+    if parts != 1:
+        raise _refusal(path, "split.count", parts, "merge its files first (llama-gguf-split --merge)")
     config = _config(path, architecture, fields, stored)
     find = _finder(path, architecture, config, stored)
     check_tensors(path, config, (name for name in stored if name != FACTORS), find)
     return Checkpoint(path, config, find, lambda: gguf_tokenizer(fields, path), gguf_origin(fields, path))
+
+
+def _refusal(path: Path, key: str, value: Any, reason: str) -> UsageError:
+    return UsageError(f"{path}: {cut(key)} is {cut(repr(value))}; {reason}.")
 
 
 # Configuration
@@ -93,17 +95,15 @@ def _config(path: Path, architecture: str, fields: Mapping[str, Any], stored: Ma
     prefix = f"{architecture}."
     left = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
 
-    def refuse(key: str, value: Any, allowed: str) -> UsageError:
-        return UsageError(f"{path}: {prefix}{key} is {value!r}; {allowed}.")
-
     family = next(family for family in FAMILIES.values() if family.gguf == architecture)
     values: dict[str, Any] = dict(family.fixed)
     for ours, key in KEYS.items():
         if key in left and (ours not in EXPERT_KEYS or family.has_experts):
             value = values[ours] = _short(left.pop(key))
             whole = ours not in ("norm_eps", "rope_theta")
-            if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < 2**31:
-                raise refuse(key, value, "it has to be one number above 0")
+            least = 1 if ours == "rope_theta" else 0
+            if type(value) not in ((int,) if whole else (int, float)) or not least < value < 2**31:
+                raise _refusal(path, prefix + key, value, f"it has to be one number above {least}")
         elif ours in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "norm_eps"):
             raise OpenM6Error(f"{path} has no {prefix}{key}.")
     if family.has_experts:
@@ -122,15 +122,15 @@ def _config(path: Path, architecture: str, fields: Mapping[str, Any], stored: Ma
         scaling = {ours: _short(left.pop(key)) for ours, key in YARN_KEYS.items() if key in left}
         values["rotary_scaling"] = {"rope_type": "yarn", **scaling}
     elif kind != "none":
-        raise refuse(_SCALING, kind, "only none and yarn can be imported")
+        raise _refusal(path, prefix + _SCALING, kind, "only none and yarn can be imported")
     for key, value in left.items():
         if key not in allowed and key not in _ABOUT:
-            raise refuse(key, value, "this key cannot be imported")
+            raise _refusal(path, prefix + key, value, "this key cannot be imported")
         if key in allowed and value != allowed[key]:
-            raise refuse(key, value, f"only {allowed[key]!r} can be imported")
+            raise _refusal(path, prefix + key, value, f"only {allowed[key]!r} can be imported")
     if FACTORS in stored:
         if kind != "none":
-            raise refuse(_SCALING, kind, f"{FACTORS} scales the same positions")
+            raise _refusal(path, prefix + _SCALING, kind, f"{FACTORS} scales the same positions")
         values["rotary_scaling"] = _llama3(path, stored[FACTORS], values)
     return checked_config(values, path)
 

@@ -130,6 +130,7 @@ CONFIGURATIONS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 0, "rope_theta": 1e4}}, "factor is 0; give a number"),
     ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, 'rope_theta is "x"; it has to be'),
     ("llama", {"num_hidden_layers": -1}, "num_hidden_layers is -1; it has to be a number above 0"),
+    ("llama", {"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06; it has to be a number above 0"),
     ("llama", {"hidden_size": "64"}, "is not the configuration of a llama model: .*hidden_size"),
     ("llama", {"num_key_value_heads": 3}, "num_attention_heads .4. has to be a multiple of .*num_key_value_heads .3."),
     ("mistral", {"sliding_window": 4096}, "sliding_window is 4096; only null"),
