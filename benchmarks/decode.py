@@ -22,8 +22,9 @@ from openm6.core.sequence import CAUSAL, IGNORE, Sequence
 from openm6.inference import Decoding, generate
 from openm6.model import M6
 from openm6.model.cpu.pack import pack_for_cpu
+from openm6.model.files import load_model
 from openm6.model.precision import fast_dtype
-from openm6.weights.import_qwen3 import import_qwen3
+from openm6.weights.import_checkpoint import import_weights, open_checkpoint
 
 TITLE = "Greedy decoding against transformers' generate"
 PROMPT, NEW, VOCABULARY = 64, 64, 4096
@@ -42,7 +43,7 @@ def run(
         theirs = Qwen3ForCausalLM(config).eval().to(device)
         with tempfile.TemporaryDirectory() as folder:
             theirs.save_pretrained(folder)
-            base = import_qwen3(Path(folder), image_embedder="none").eval().to(device)
+            base = _imported(Path(folder)).eval().to(device)
         for precision in ("fp32", "bf16") if fast_dtype(device) == torch.bfloat16 else ("fp32",):
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
             theirs = theirs.to(dtype)
@@ -75,6 +76,13 @@ def _ours(model: M6, ids: np.ndarray, new: int) -> Callable[[], list[list[int]]]
     ]
     options = Decoding(max_new_tokens=new)
     return lambda: [answer.ids for answer in generate(model, prompts, end_id=-1, decoding=options)]
+
+
+def _imported(folder: Path) -> M6:
+    checkpoint, output = open_checkpoint(folder), folder / "m6"
+    checkpoint.config.save(output)
+    import_weights(checkpoint, checkpoint.config, output, lambda done, total: None)
+    return load_model(output)
 
 
 def _theirs(model: Qwen3ForCausalLM, ids: np.ndarray, new: int) -> Callable[[], list[list[int]]]:

@@ -320,7 +320,8 @@ def _checkpoint(folder: Path) -> tuple[Path, Path]:
     )  # fmt: skip
     Qwen3ForCausalLM(config).save_pretrained(folder / "qwen")
     (folder / "qwen" / "tokenizer.json").write_text(json.dumps(content), "utf-8")
-    session = import_model(folder / "qwen", folder / "imported", "stem", num_codes=0, max_length=256)
+    import_model(folder / "qwen", folder / "imported", "stem", num_codes=0, max_length=256)
+    session = Session.load(folder / "imported", "cpu", trainable=True)
     # The server answers tasks that a model has learned.
     Session(session.model, session.processor, [get("text_continuation")]).save(folder / "model")
     return folder / "qwen", folder / "model"

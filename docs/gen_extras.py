@@ -22,7 +22,7 @@ IMPORTS = {
     "eval": "sacrebleu, matplotlib.pyplot, markdown", "demo": "sklearn.datasets",
     "retrieve": "lancedb, faiss, lightgbm",
     "serve": "fastapi, uvicorn", "console": "gradio", "traces": "opentelemetry.sdk.trace", "hub": "mlflow",
-    "ray": "ray", "edge": "onnx, onnxruntime", "lowbit": "torchao",
+    "ray": "ray", "gguf": "gguf", "edge": "onnx, onnxruntime", "lowbit": "torchao",
 }  # fmt: skip
 """Modules of each extra whose import is timed: those that its first use imports."""
 

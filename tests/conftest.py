@@ -55,6 +55,14 @@ EXPERTS = {"num_experts": 4, "experts_per_token": 2, "shared_intermediate_size":
 """Sizes that put experts into a tiny network."""
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+"""Scalings of rotary positions, each with frequencies that stay, that are scaled, and that lie between."""
+
+
 def tiny_config(**changes: object) -> ModelConfig:
     sizes = {
         "vocab_size": VOCABULARY,

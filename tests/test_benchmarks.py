@@ -72,12 +72,15 @@ LAYER = {
     "image_embedder": "none", "num_experts": 4, "experts_per_token": 1,
 }  # fmt: skip
 
+NARROW = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8}
+
 TINY: dict[str, Tiny] = {
     "adapters": lambda b, runs: b.run(runs, b.TASKS[:1], steps=1, asked=8, seeds=1),
     "attention": lambda b, _: b.run([(2, 1, 8, 4)]),
     "decode": lambda b, _: b.run((64,), (1,), new=2),
     "experts": lambda b, _: b.run((64,), 64),
     "image_decode": lambda b, _: b.run([(4, 2)]),
+    "import_checkpoint": lambda b, _: b.run({"tiny": {**b.SHAPES["Qwen3-0.6B"], **NARROW}}, 400),
     "index": lambda b, runs: b.run(2000, 64, runs / "bench-index"),
     "overload": lambda b, runs: b.run(
         runs / "demo" / "model",

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from gguf import GGMLQuantizationType
 
 import openm6
 from openm6.core.environment import HOME
@@ -27,6 +28,7 @@ from tests.conftest import command, drawing_session
 from tests.tasks.conftest import picture
 from tests.test_docs import PAGES, ROOT, blocks, commands_in, page_id
 from tests.walk import PHOTO, SMALL, TINY, Walk
+from tests.weights.checkpoints import network, save, write_gguf
 
 CHINESE, CONSOLE = ROOT / "README.zh-CN.md", ROOT / "docs" / "console.md"
 """Pages without a step of their own: one has those of README.md, the other the first of serving.md."""
@@ -199,19 +201,9 @@ def _adapters(_: Walk) -> None:
         shutil.copytree("runs/reply-lora", f"runs/{name}")
 
 
-def _qwen3(_: Walk) -> None:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    from openm6.core.tokenizer import Tokenizer
-
-    Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=700, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,
-    )).save_pretrained("qwen3")  # fmt: skip
-    content = json.loads(Tokenizer.train(["今天天气很好"], 600, num_codes=0)._fast.to_str())
-    names = {token["content"]: f"x{number}" for number, token in enumerate(content["added_tokens"])}
-    content["model"]["vocab"] = {names.get(name, name): number for name, number in content["model"]["vocab"].items()}
-    Path("qwen3/tokenizer.json").write_text(json.dumps({**content, "added_tokens": []}), "utf-8")
+def _open_models(_: Walk) -> None:
+    save(network("qwen3", tie_word_embeddings=True), Path("qwen3"))
+    write_gguf(network("llama", tie_word_embeddings=True), Path("smollm2.gguf"), GGMLQuantizationType.Q8_0)
 
 
 def _ask_the_device(walk: Walk) -> None:
@@ -239,7 +231,7 @@ BEFORE: dict[str, Callable[[Walk], Any]] = {
     "copy batch runs/shop/model": lambda _: shutil.copytree("runs/copy", "runs/shop", dirs_exist_ok=True),
     "openm6 copy labels": _labels("copy/1"),
     "openm6 images labels": _labels("batches/1"),
-    "openm6 models import": _qwen3,
+    "openm6 models import": _open_models,
     "openm6 cascade init": _a_cloud,
     "openm6 cascade learn": _ask_the_device,
     "curl http://127.0.0.1:8000/v1/jobs": _a_server,

@@ -36,6 +36,7 @@ PHOTO = base64.b64encode(picture(40, 30)).decode()
 REPLACED = {
     "MODEL": "runs/demo/model",
     "/path/to/Qwen3-0.6B": "qwen3",
+    "/path/to/SmolLM2-135M-Instruct-Q8_0.gguf": "smollm2.gguf",
     '"photo": "..."': f'"photo": "{PHOTO}"',
     "base64,...": f"base64,{PHOTO}",
     "train.steps=500": "train.steps=2",

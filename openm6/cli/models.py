@@ -10,9 +10,9 @@ import typer
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL, check_inputs, find, refuse_idle
 from openm6.cli.options import Column, Json
-from openm6.cli.output import emit, pairs, share, table, tell
+from openm6.cli.output import counted, emit, pairs, share, table, tell
 from openm6.core.bases import base_of, changed_base
-from openm6.core.errors import UsageError
+from openm6.core.errors import UsageError, suggest_path
 from openm6.core.files import require_new, require_writable, write_whole
 from openm6.hub.catalogue import MODEL as MODEL_KIND, Catalogue, Version
 
@@ -29,24 +29,29 @@ Output = Annotated[Path, typer.Argument(help="Model directory to write.")]
 def import_(
     path: Annotated[
         Path,
-        typer.Argument(help="Directory of a Qwen3 or Qwen3-MoE text checkpoint (config.json, safetensors, tokenizer)."),
+        typer.Argument(
+            help="A text checkpoint of Qwen3, Qwen3-MoE, Qwen2, Llama 3, SmolLM2 or Mistral: a directory "
+            "(config.json, safetensors, tokenizer.json) or a GGUF file."
+        ),
     ],
     output: Output,
     image_embedder: Annotated[
         str, typer.Option(help="Image encoder with random weights: stem, patch, resnet or none.")
-    ] = "stem",
+    ] = "none",
     num_codes: Annotated[int, typer.Option(min=0, help="Number of token ids for image codes.")] = 1024,
     max_length: Annotated[int, typer.Option(min=8, help="Maximum length of an example in positions.")] = 1024,
     json: Json = False,
 ) -> None:
-    """Import a Qwen3 checkpoint as the backbone: same weights, added tokens, image input."""
+    """Import an open checkpoint as the backbone: the same weights, added tokens, image input on request."""
     require_new(output)
-    if not (path / "config.json").is_file():
-        raise UsageError(f"{path} is not a checkpoint: it has no config.json.")
+    if not path.exists():
+        raise UsageError(f"{path} is not a checkpoint: there is no such path.{suggest_path(path)}")
 
     from openm6.compress.convert import import_model
 
-    _tell(output, import_model(path, output, image_embedder, num_codes, max_length).model.config, json)
+    with counted("MB") as progress:
+        config = import_model(path, output, image_embedder, num_codes, max_length, progress)
+    _tell(output, config, json)
 
 
 @models.command()
@@ -227,11 +232,23 @@ def list_models(json: Json = False) -> None:
 
 
 @models.command()
-def show(name: Named, json: Json = False) -> None:
-    """Show a model of the catalogue and the versions that it derives from."""
-    version = Catalogue().named(name)
-    details = _version(version)
-    emit(details) if json else table(["", ""], details.items(), version.full_name)
+def show(
+    name: Annotated[str, typer.Argument(help="Version of a model (NAME, NAME@3, NAME@live), or a model directory.")],
+    json: Json = False,
+) -> None:
+    """Show a model directory, or a model of the catalogue with the versions that it derives from, and its licence."""
+    if Path(name).is_dir():
+        details, title = _directory(Path(name)), name
+    else:
+        version = Catalogue().named(name)
+        details, title = _version(version), version.full_name
+    if json:
+        emit(details)
+        return
+    if origin := details.pop("origin", None):
+        details["weights from"] = origin["name"]
+        details["licence"] = ", ".join(value for key, value in origin.items() if key.startswith("license")) or "unknown"
+    table(["", ""], details.items(), title)
 
 
 @models.command()
@@ -274,6 +291,21 @@ def fetch(name: Named, output: Output, json: Json = False) -> None:
     if (base := version.about.get("base")) and (details := changed_base(place, base["hash"])):
         typer.secho(details, err=True)
     tell(json, {"directory": str(place)}, str(place))
+
+
+def _directory(path: Path) -> dict[str, Any]:
+    from openm6.model import ModelConfig
+    from openm6.model.count import count_parameters
+    from openm6.tasks.card import read_card, read_origin
+
+    tasks, length, _ = read_card(path)
+    base = base_of(path)
+    config, origin = ModelConfig.load(base or path), read_origin(path)
+    return {
+        "model": str(path), **({"adapter of": str(base)} if base else {}),
+        "parameters": sum(count_parameters(config).values()), "vocab_size": config.vocab_size,
+        "max_length": length, "tasks": [task.name for task in tasks], **({"origin": origin} if origin else {}),
+    }  # fmt: skip
 
 
 def _version(version: Version) -> dict[str, Any]:

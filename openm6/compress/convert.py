@@ -1,11 +1,11 @@
-"""Conversion of models: a Qwen3 checkpoint imported, a dense model upcycled to experts, quantized, or pruned."""
+"""Conversion of models: an open checkpoint imported, a dense model upcycled to experts, quantized, or pruned."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,28 +21,42 @@ from openm6.model import M6, ModelConfig
 from openm6.model.adapters import check_mergeable
 from openm6.model.block import Block
 from openm6.model.feed_forward import FeedForward
+from openm6.model.files import meta_model
 from openm6.model.lowbit import stored
 from openm6.model.norm import RMSNorm
 from openm6.model.roles import role_of
 from openm6.tasks.encode import encode_example
-from openm6.weights.directory import make_processor
-from openm6.weights.import_qwen3 import import_qwen3, read_config
+from openm6.weights.directory import describe, make_processor
+from openm6.weights.import_checkpoint import import_weights, open_checkpoint
+from openm6.weights.origin import copy_papers
 from openm6.weights.prune import prune
 from openm6.weights.upcycle import upcycle
 
 
-def import_model(path: Path, output: Path, image_embedder: str, num_codes: int, max_length: int) -> Session:
-    """A model directory with the weights of a Qwen3 checkpoint as its backbone; the image embedder starts at random.
-    Raises UsageError for a checkpoint that cannot be imported or an `output` that exists."""
+def import_model(
+    path: Path, output: Path, image_embedder: str, num_codes: int, max_length: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ModelConfig:  # fmt: skip
+    """A model directory with the weights of an open checkpoint (weights/import_checkpoint.py) as its backbone, in their
+    precision, and its licence files; an image encoder starts at random. `progress` gets the megabytes written and their
+    total. Raises UsageError for a checkpoint that cannot be imported or an `output` that exists."""
     require_new(output)
-    changes: dict[str, Any] = {"image_embedder": image_embedder, "num_codes": num_codes}
-    tokenizer = Tokenizer.wrap(path, num_codes, start_at=read_config(path, **changes).vocab_size)
-    torch.manual_seed(0)
-    model = import_qwen3(path, vocab_size=tokenizer.vocab_size, **changes)
+    checkpoint = open_checkpoint(path)
+    tokenizer = Tokenizer.wrap(checkpoint.fast(), num_codes, start_at=checkpoint.config.vocab_size)
+    config = replace(
+        checkpoint.config, vocab_size=tokenizer.vocab_size, num_codes=num_codes, image_embedder=image_embedder
+    )
     known = frozenset(range(tokenizer.first_new_id))
-    session = Session(model, make_processor(model.config, tokenizer, max_length, seen_tokens=known))
-    write_whole(output, session.save)
-    return session
+    processor = make_processor(config, tokenizer, max_length, seen_tokens=known, origin=checkpoint.origin)
+
+    def write(folder: Path) -> None:
+        describe(folder, meta_model(config), processor, ())
+        if path.is_dir():
+            copy_papers(path, folder)
+        import_weights(checkpoint, config, folder, progress)
+
+    write_whole(output, write)
+    return config
 
 
 def upcycle_model(path: Path, output: Path, num_experts: int, chosen: int, router: str, interval: int) -> Session:

@@ -35,6 +35,9 @@ HALF = "\ufffd"
 LONG = 4096
 """Length in characters from which a text is tokenized without holding the interpreter's lock."""
 
+FILE_LIMIT = 128 * 2**20
+"""Bytes of a tokenizer.json, at most: four times those of the largest vocabularies."""
+
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 _SHOWN = (*range(33, 127), *range(161, 173), *range(174, 256))
@@ -193,7 +196,7 @@ class Tokenizer:
     def load(cls, directory: str | Path) -> Tokenizer:
         """Open a tokenizer written by `save`. Raises UsageError where there is none."""
         directory = Path(directory)
-        fast = _open(directory)
+        fast = open_fast(directory)
         config = directory / "tokenizer_config.json"
         try:
             num_codes = json.loads(config.read_text("utf-8"))["num_codes"]
@@ -256,15 +259,20 @@ class Tokenizer:
         return _restore(json.dumps(content), num_codes)
 
     @classmethod
-    def wrap(cls, path: str | Path, num_codes: int = 1024, start_at: int | None = None) -> Tokenizer:
-        """Append our tokens and codes to the ids of any fast tokenizer (a tokenizer.json or its directory).
+    def wrap(
+        cls, foreign: str | Path | tokenizers.Tokenizer, num_codes: int = 1024, start_at: int | None = None
+    ) -> Tokenizer:
+        """Append our tokens and codes to the ids of any fast tokenizer (or of a tokenizer.json, or its directory).
 
         `start_at` is the first id to be ours, where the embedding of the model has more rows than the tokenizer has
         tokens (Qwen3: 151,936 rows, 151,669 tokens)."""
-        fast = _open(Path(path))
-        used = max(fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        fast = foreign if isinstance(foreign, tokenizers.Tokenizer) else open_fast(Path(foreign))
+        vocabulary = fast.get_vocab(with_added_tokens=True)
+        if taken := [token for token in SPECIAL if token in vocabulary]:
+            raise UsageError(f"The tokenizer has a token {taken[0]}, which is the name of one of OpenM6's.")
+        used = max(vocabulary.values(), default=-1) + 1
         if start_at is not None and start_at < used:
-            raise UsageError(f"start_at is {start_at}, but the tokenizer in {path} uses the ids up to {used - 1}.")
+            raise UsageError(f"start_at is {start_at}, but the tokenizer uses the ids up to {used - 1}.")
         fillers = [f"<|unused_{k}|>" for k in range(used, start_at or used)]
         fast.add_special_tokens([*fillers, *SPECIAL])
         return cls(fast, num_codes)
@@ -274,10 +282,13 @@ def _restore(content: str, num_codes: int) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(content), num_codes)
 
 
-def _open(path: Path) -> tokenizers.Tokenizer:
+def open_fast(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a tokenizer.json, or of its directory. Raises UsageError where there is none."""
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise UsageError(f"{file} does not exist: a tokenizer is a directory with a tokenizer.json.")
+    if file.stat().st_size > FILE_LIMIT:
+        raise UsageError(f"{file} has more than {FILE_LIMIT // 2**20} MiB: it is no tokenizer.")
     try:
         return tokenizers.Tokenizer.from_str(file.read_text("utf-8"))
     except Exception as error:  # the library raises plain Exception for any fault of the file

@@ -34,10 +34,11 @@ from torch import Tensor, nn
 
 from openm6.core.errors import UsageError
 from openm6.model import M6, lowbit
-from openm6.model.attention import Attention, rotary_angles, rotate
+from openm6.model.attention import Attention
 from openm6.model.block import Block
 from openm6.model.feed_forward import FeedForward, activate
 from openm6.model.norm import RMSNorm
+from openm6.model.rotary import rotary_angles, rotate
 
 INPUTS = ("ids", "features", "places", "positions", "mask", "past")
 HEAD = "head_DV"

@@ -121,10 +121,13 @@ class Catalogue:
         data:NAME@N; `run`: the folder of its training, whose energy is stored, and whose recipe if the model has none.
         The base of an adapter is stored as its path and a hash of its files. Raises UsageError for a directory that is
         not a model, OSError if its files cannot be stored."""
+        from openm6.tasks.card import read_origin
+
         if not (directory / "config.json").is_file() and not (directory / "adapter_config.json").is_file():
             raise UsageError(f"{directory} is not a model directory.{suggest_path(directory)}")
         parts = tuple(self.named(one) for one in made_of)
         about: dict[str, Any] = {"metrics": dict(metrics or {}), "note": note, "from": str(directory.resolve())}
+        about |= {"origin": origin} if (origin := read_origin(directory)) else {}
         if base := base_of(directory):
             about["base"] = {"path": str(base.resolve()), "hash": directory_hash(base)}
             known = self.version_at(base)

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from openm6.model.config import ModelConfig
 from openm6.model.norm import RMSNorm, rms_norm
-
-Rope = tuple[Tensor, Tensor]
-"""cos and signed sin of rotary positions (`rotary_angles`)."""
+from openm6.model.rotary import Rope, rotate
 
 _flex_compiled: Any = None
 
@@ -41,28 +39,6 @@ def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Any) -> Tensor:
     return run(q_BHTE, k_BKSE, v_BKSE, block_mask=mask, enable_gqa=grouped)
 
 
-def rotary_angles(config: ModelConfig, positions_BT: Tensor, dtype: torch.dtype) -> Rope | None:
-    """cos and signed sin of the rotary positions (RoFormer, section 3.4.2), each [B, T, 1, E]; None where the
-    positions are not rotary.
-
-    The pairs are (i, i + E/2); the sine of a pair's first half is negative, so that turning is two products
-    and a roll (see `rotate`). Taken in fp32, then brought to the precision in which they are used.
-    """
-    if config.positions != "rotary":
-        return None
-    width, theta = config.head_dim, config.rope_theta
-    frequency = theta ** (-torch.arange(0, width, 2, device=positions_BT.device, dtype=torch.float32) / width)
-    angle = (positions_BT[..., None].float() * frequency)[:, :, None]
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
-
-
-def rotate(x_BTHE: Tensor, rope: Rope) -> Tensor:
-    """Turn the pairs (i, i + E/2) of each head by the angle of their position."""
-    cos, sin = rope
-    return torch.addcmul(x_BTHE * cos, x_BTHE.roll(x_BTHE.shape[-1] // 2, dims=-1), sin)
-
-
 class Attention(nn.Module):
     """Grouped-query self-attention with one fused projection to queries, keys and values.
 
@@ -73,7 +49,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.heads, self.kv_heads, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.width, bias=config.bias)
+        self.qkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.width, bias=config.qkv_bias)
         self.out = nn.Linear(self.heads * self.width, config.hidden_size, bias=config.bias)
         self.out.writes_to_stream = True  # type: ignore[assignment]  # for the initialization
         self.q_norm = RMSNorm(self.width, eps=config.norm_eps) if config.qk_norm else None

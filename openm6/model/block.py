@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from openm6.model.attention import Attention, Rope
+from openm6.model.attention import Attention
 from openm6.model.config import ModelConfig
 from openm6.model.experts import MixtureOfExperts, RouterStatistics
 from openm6.model.feed_forward import FeedForward
 from openm6.model.norm import make_norm
+from openm6.model.rotary import Rope
 
 
 class Block(nn.Module):

@@ -20,11 +20,11 @@ from torch.nn.functional import pad
 from openm6.core.batch import Batch, cells_of
 from openm6.core.errors import OpenM6Error
 from openm6.model import cpu
-from openm6.model.attention import rotary_angles
 from openm6.model.config import ModelConfig
 from openm6.model.cpu.attention import additive, build_prompt_mask, row_mask
 from openm6.model.m6 import M6
 from openm6.model.masks import PictureMask, build_mask
+from openm6.model.rotary import rotary_angles
 from openm6.model.sparse import SparsePattern, block_mask, seen_codes
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -19,6 +19,12 @@ _CHOICES = {
     "router": tuple(ROUTERS),
     "source": tuple(SOURCE_BLOCKS),
 }
+_YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
+    "yarn": (("factor", "original_max_position_embeddings"), _YARN_OPTIONS),
+}
+"""By `rope_type`, the keys that a rotary scaling needs and those that it may have."""
 
 
 @dataclass
@@ -29,8 +35,11 @@ class ModelConfig(NetworkConfig):
     block is `norm="layer"`, `activation="gelu"`, `positions="learned"`, and has biases.
 
     Derived when not given: `num_key_value_heads` (= heads), `head_dim` (= hidden_size / heads), `bias`
-    (only with LayerNorm), `stem_widths`, `expert_intermediate_size` (= intermediate_size). `num_codes` of the
-    `vocab_size` ids, the last ones, are image codes.
+    (only with LayerNorm), `qkv_bias` (of queries, keys and values; = bias), `stem_widths`,
+    `expert_intermediate_size` (= intermediate_size). `num_codes` of the `vocab_size` ids, the last ones, are image
+    codes.
+
+    `rotary_scaling` scales rotary positions to longer texts (model/rotary.py); null does not.
 
     Experts (model/experts.py): `num_experts` in every `expert_interval`-th layer (n, 2n, ...), the first `dense_layers`
     layers excepted; `experts_per_token` of them, chosen by `router`, see each token, and one of the width
@@ -69,8 +78,10 @@ class ModelConfig(NetworkConfig):
     activation: str = "swiglu"
     positions: str = "rotary"
     rope_theta: float = 10_000.0
+    rotary_scaling: dict | None = None
     qk_norm: bool = False
     bias: bool = None  # type: ignore[assignment]
+    qkv_bias: bool = None  # type: ignore[assignment]
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     source: str = "bidirectional"
@@ -104,6 +115,8 @@ class ModelConfig(NetworkConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.bias is None:
             self.bias = self.norm == "layer"
+        if self.qkv_bias is None:
+            self.qkv_bias = self.bias
         self.picture_tile = self.picture_tile or [4, 8]
         self.heads = self.heads or {}
         self.expert_intermediate_size = self.expert_intermediate_size or self.intermediate_size
@@ -122,12 +135,33 @@ class ModelConfig(NetworkConfig):
             )
         if self.positions == "rotary" and self.head_dim % 2:
             raise UsageError(f"model.head_dim ({self.head_dim}) has to be even for rotary positions.")
+        if self.rotary_scaling is not None:
+            self._check_scaling(self.rotary_scaling)
         if self.weight_bits not in (None, 4, 8):
             raise UsageError(f"model.weight_bits is {self.weight_bits}; it can be 8, 4, or null.")
         if self.num_experts:
             self._check_experts()
         if self.distinct_layers is not None:
             self._check_sharing(self.distinct_layers)
+
+    def _check_scaling(self, scaling: dict[str, Any]) -> None:
+        kind = scaling.get("rope_type")
+        if kind not in _SCALINGS:
+            known = ", ".join(_SCALINGS)
+            raise UsageError(f"model.rotary_scaling.rope_type is {kind!r}; it can be {known}, or no scaling (null).")
+        needed, others = _SCALINGS[kind]
+        if absent := [key for key in needed if key not in scaling]:
+            raise UsageError(f"model.rotary_scaling has no {absent[0]}, which {kind} needs.")
+        for key, value in scaling.items():
+            if key not in ("rope_type", *needed, *others):
+                raise UsageError(f"model.rotary_scaling has no key {key}.{suggest(key, [*needed, *others])}")
+            right = isinstance(value, bool) if key == "truncate" else type(value) in (int, float) and value > 0
+            if key != "rope_type" and not right:
+                raise UsageError(f"model.rotary_scaling.{key} is {value!r}; give a number above 0.")
+        if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+            raise UsageError("model.rotary_scaling.high_freq_factor has to be above low_freq_factor.")
+        if self.positions != "rotary":
+            raise UsageError(f'model.rotary_scaling needs rotary positions; model.positions is "{self.positions}".')
 
     def _check_experts(self) -> None:
         number, chosen = self.num_experts, self.experts_per_token

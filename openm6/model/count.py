@@ -36,7 +36,7 @@ def _count_products(config: ModelConfig) -> dict[str, int]:
     feed_forward, per_width = gates * d * f + f * d + bias * (gates * f + d), (gates + 1) * d
     with_experts = sum(layer < layers for layer in config.expert_layers())
     return {
-        "attention": layers * (d * qkv + heads * width * d + bias * (qkv + d)),
+        "attention": layers * (d * qkv + heads * width * d + config.qkv_bias * qkv + bias * d),
         "feed_forward": (layers - with_experts) * feed_forward,
         "experts": with_experts * config.num_experts * per_width * config.expert_intermediate_size,
         "shared_experts": with_experts * per_width * config.shared_intermediate_size,

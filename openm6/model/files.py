@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,11 @@ from openm6.model.m6 import M6
 from openm6.model.network import Network, NetworkConfig, without_memory
 
 N = TypeVar("N", bound=Network)
+
+INDEX = "model.safetensors.index.json"
+"""Which of several safetensors files holds each tensor."""
+SHARD = 4 * 2**30
+"""Bytes of a safetensors file, about, of a network that is written without being in memory."""
 
 
 def load_model(path: Path) -> M6:
@@ -87,20 +92,68 @@ def open_tensors(path: Path) -> Iterator[dict[str, Any]]:
     OpenM6Error where there is none, or one is damaged."""
     from safetensors import SafetensorError, safe_open
 
-    index, names = path / "model.safetensors.index.json", ["model.safetensors"]
     found: dict[str, Any] = {}
     with ExitStack() as stack:
         try:
-            if index.is_file():
-                names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-            for name in names:
-                file = stack.enter_context(safe_open(path / Path(name).name, framework="pt"))
-                found |= dict.fromkeys(file.keys(), file)
-        except FileNotFoundError:
-            raise OpenM6Error(f"{path} has no {name} (pickled .bin or .pt checkpoints are not read).") from None
-        except (SafetensorError, ValueError, KeyError):
+            for file in weight_files(path):
+                opened = stack.enter_context(safe_open(file, framework="pt"))
+                found |= dict.fromkeys(opened.keys(), opened)
+        except (SafetensorError, OSError):
             raise OpenM6Error(f"The weights in {path} are truncated or damaged.") from None
         yield found
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a directory. Raises OpenM6Error for a missing one."""
+    index = path / INDEX
+    if not index.is_file():
+        if not (path / "model.safetensors").is_file():
+            raise OpenM6Error(f"{path} has no model.safetensors (pickled .bin or .pt checkpoints are not read).")
+        return [path / "model.safetensors"]
+    try:
+        names = sorted({Path(name).name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise OpenM6Error(f"{index} is damaged.") from None
+    for name in names:
+        if not (path / name).is_file():
+            raise OpenM6Error(f"{path} has no {name}, which its {INDEX} names: bring all of its files.")
+    return [path / name for name in names]
+
+
+def write_shards(path: Path, tensors: Mapping[str, Tensor], write: Callable[[Path, dict[str, Tensor]], None]) -> None:
+    """Let `write` write each safetensors file of a directory, given the tensors in it (on the device meta: their shapes
+    and dtypes alone), and write the index, where there are several files."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=SHARD)
+    for name, part in split.filename_to_tensors.items():
+        write(path / name, {key: tensors[key] for key in part})
+    if split.is_sharded:
+        content = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (path / INDEX).write_text(json.dumps(content), "utf-8")
+
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+}  # fmt: skip
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], chunks: Callable[[str], Iterable[Tensor]]) -> None:
+    """Write a safetensors file with no more than a chunk of it in memory. `tensors` have shapes and dtypes alone;
+    `chunks` gives the values of one by rows, in their order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place, order = 0, sorted(tensors, key=lambda name: -tensors[name].itemsize)  # so that all are aligned
+    for name in order:
+        start, place = place, place + tensors[name].nbytes
+        shape, dtype = list(tensors[name].shape), _DTYPES[tensors[name].dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, place]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            for chunk in chunks(name):
+                out.write(chunk.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def image_encoder_id(path: Path) -> str:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from openm6.core.batch import Batch, Images
 from openm6.core.errors import OpenM6Error
 from openm6.core.sequence import IGNORE
-from openm6.model.attention import Rope, rotary_angles
 from openm6.model.block import Block
 from openm6.model.changed import ChangedRows, Prompt
 from openm6.model.config import ModelConfig
@@ -28,6 +27,7 @@ from openm6.model.network import Network
 from openm6.model.norm import make_norm
 from openm6.model.precision import product_dtype
 from openm6.model.roles import Role
+from openm6.model.rotary import Rope, rotary_angles
 
 
 class M6(Network):

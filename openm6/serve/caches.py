@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from openm6.core.sequence import Sequence
 from openm6.inference.decoding import kv_bytes
 from openm6.model import M6
-from openm6.model.attention import rotary_angles
 from openm6.model.cache import KVCache, step
+from openm6.model.rotary import rotary_angles
 
 T = TypeVar("T")
 

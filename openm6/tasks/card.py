@@ -24,6 +24,8 @@ def write_card(path: Path, processor: Processor, tasks: Iterable[Task]) -> None:
         content["prompt"] = processor.prompt
     if processor.seen_tokens is not None:
         content["seen_tokens"] = _ranges(processor.seen_tokens)
+    if processor.origin:
+        content["origin"] = processor.origin
     (path / NAME).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
 
@@ -37,6 +39,18 @@ def read_seen_tokens(path: Path) -> frozenset[int] | None:
         spans = [span.partition("-") for span in ranges.split(",") if span]
         return frozenset(n for first, _, last in spans for n in range(int(first), int(last or first) + 1))
     except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise _damaged(card, error) from None
+
+
+def read_origin(path: Path) -> dict[str, str] | None:
+    """Name and licence of the checkpoint that the weights of a directory began with; None where no card says so."""
+    card = path / NAME
+    if not card.is_file():
+        return None
+    try:
+        origin = _content(card).get("origin")
+        return None if origin is None else {str(key): str(value) for key, value in origin.items()}
+    except (OSError, ValueError, AttributeError) as error:
         raise _damaged(card, error) from None
 
 

@@ -22,7 +22,8 @@ class Processor:
     codec        the image codec of a model that draws
     prompt       number of positions before every example that an adapter fills
     seen_tokens  ids that the model has met in training; None: unknown
-    source       how the model reads a source: a key of SOURCE_BLOCKS"""
+    source       how the model reads a source: a key of SOURCE_BLOCKS
+    origin       name and licence of the checkpoint that the weights began with; None: they began at random"""
 
     tokenizer: Tokenizer
     grid: ImageGrid
@@ -31,3 +32,4 @@ class Processor:
     prompt: int = 0
     seen_tokens: frozenset[int] | None = None
     source: str = "bidirectional"
+    origin: dict[str, str] | None = None

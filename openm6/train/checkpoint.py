@@ -30,15 +30,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from openm6.core.errors import OpenM6Error
 from openm6.core.files import publish, write_failed, write_whole
 from openm6.model import adapters
-from openm6.model.files import layer_of, shared_name
+from openm6.model.files import layer_of, shared_name, write_shards
 from openm6.train.distributed import Group, is_sharded, local
 from openm6.train.optimizer import set_rate, step_all
 
 # One process is one process; said from several threads, so no context can hold it back.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
-
-SHARD = 4 * 2**30
-"""Bytes of a safetensors file of a consolidated network, about."""
 
 
 def step_name(step: int) -> str:
@@ -189,8 +186,6 @@ def consolidate(checkpoint: Path, target: Path) -> None:
     stored = {n.removeprefix("model."): shape for n, shape in _stored(checkpoint).items() if n.startswith("model.")}
 
     def fill(draft: Path) -> None:
-        from huggingface_hub import split_torch_state_dict_into_shards
-
         for file in checkpoint.iterdir():
             if file.is_file() and file.name != "state.json":
                 shutil.copy(file, draft / file.name)
@@ -203,14 +198,12 @@ def consolidate(checkpoint: Path, target: Path) -> None:
             save_file(named, draft / adapters.WEIGHTS, metadata={"format": "pt"})
             return
         without_data = {key: torch.empty(shape, device="meta") for key, shape in stored.items()}
-        split = split_torch_state_dict_into_shards(without_data, max_shard_size=SHARD)
-        for name, part in split.filename_to_tensors.items():
-            tensors = {key: torch.empty(stored[key]) for key in part}
-            _read(checkpoint, {f"model.{key}": tensor for key, tensor in tensors.items()}, alone=True)
-            save_file(tensors, draft / name, metadata={"format": "pt"})
-        if split.is_sharded:
-            content = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            (draft / "model.safetensors.index.json").write_text(json.dumps(content), "utf-8")
+        write_shards(draft, without_data, write)
+
+    def write(file: Path, part: dict[str, Tensor]) -> None:
+        tensors = {key: torch.empty(like.shape) for key, like in part.items()}
+        _read(checkpoint, {f"model.{key}": tensor for key, tensor in tensors.items()}, alone=True)
+        save_file(tensors, file, metadata={"format": "pt"})
 
     write_whole(target, fill)
 

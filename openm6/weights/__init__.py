@@ -1,1 +1,1 @@
-"""Model directories: opened, described, imported from Qwen3, with experts or with fewer layers."""
+"""Model directories: opened, described, imported from open checkpoints, with experts or with fewer layers."""

@@ -3,7 +3,7 @@
     config.json, model.safetensors      the network, as transformers saves it
     tokenizer.json, tokenizer_config.json
     codec/                              the image codec of a model that generates images
-    openm6.json                         settings of the processor, and the tasks of the training
+    openm6.json                         settings of the processor, the tasks of the training, the licence of an import
     recipe.yaml                         the recipe of the training, if any
 
 A directory with an adapter (model/adapters.py) has openm6.json and the adapter; the rest is its base model's.
@@ -29,7 +29,7 @@ from openm6.model.changed import Active
 from openm6.model.cpu.pack import pack_for_cpu
 from openm6.model.files import check_model, load_model, meta_model, read_config
 from openm6.model.precision import fast_dtype
-from openm6.tasks.card import read_card, read_seen_tokens, write_card
+from openm6.tasks.card import read_card, read_origin, read_seen_tokens, write_card
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
@@ -77,16 +77,17 @@ def open_processor(path: Path) -> tuple[Processor, list[Task]]:
     place = base_of(path) or path
     codec = PictureCodec.load(place / CODEC) if (place / CODEC).is_dir() else None
     seen = read_seen_tokens(path)
-    return make_processor(read_config(place), Tokenizer.load(place), length, codec, prompt, seen), tasks
+    made = make_processor(read_config(place), Tokenizer.load(place), length, codec, prompt, seen, read_origin(path))
+    return made, tasks
 
 
 def make_processor(
     config: ModelConfig, tokenizer: Tokenizer, max_length: int, codec: PictureCodec | None = None, prompt: int = 0,
-    seen_tokens: frozenset[int] | None = None,
+    seen_tokens: frozenset[int] | None = None, origin: dict[str, str] | None = None,
 ) -> Processor:  # fmt: skip
     """The processor of a network of this configuration."""
     grid = ImageGrid(config.image_stride, config.image_max_patches)
-    return Processor(tokenizer, grid, max_length, codec, prompt, seen_tokens, config.source)
+    return Processor(tokenizer, grid, max_length, codec, prompt, seen_tokens, config.source, origin)
 
 
 def describe(path: Path, model: M6, processor: Processor, tasks: Iterable[Task], adapter: Any = None) -> None:

@@ -168,6 +168,13 @@ def test_wrapping_appends_from_where_it_is_told(foreign: Path, tmp_path: Path) -
         Tokenizer.wrap(foreign, start_at=3)
 
 
+def test_a_vocabulary_with_one_of_our_special_tokens_is_refused(foreign: Path) -> None:
+    fast = Fast.from_file(str(foreign / "tokenizer.json"))
+    fast.add_special_tokens(["<|pad|>"])
+    with pytest.raises(UsageError, match=r"has a token <\|pad\|>, which is the name of one of OpenM6's"):
+        Tokenizer.wrap(fast)
+
+
 def test_wrong_files_are_refused_in_one_sentence(foreign: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist: a tokenizer is a directory"):
         Tokenizer.load(tmp_path)

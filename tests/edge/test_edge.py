@@ -34,7 +34,7 @@ from openm6.model.cache import prefill, step
 from openm6.tasks.library import get
 from openm6.tasks.processor import Processor
 from openm6.weights.directory import make_processor
-from tests.conftest import EXPERTS, drawing_session, example, tiny_config, tiny_model
+from tests.conftest import EXPERTS, LLAMA3, YARN, drawing_session, example, tiny_config, tiny_model
 from tests.edge.conftest import ASKED, ExactSession
 
 pytestmark = pytest.mark.slow
@@ -49,6 +49,8 @@ pytestmark = pytest.mark.slow
         {"tie_word_embeddings": False},
         {"num_hidden_layers": 4, "distinct_layers": 2},
         {"heads": {"number": 1}},
+        {"qkv_bias": True, "rotary_scaling": YARN},
+        {"rotary_scaling": LLAMA3},
     ],
 )
 def test_the_graph_is_the_network(changes: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from openm6.inference.permitted import permitted
 from openm6.model import M6
 from openm6.model.cache import prefill, step
 from openm6.model.cpu.pack import pack_for_cpu
-from tests.conftest import EXPERTS, example, tiny_model
+from tests.conftest import EXPERTS, YARN, example, tiny_model
 
 END = 5
 
@@ -113,8 +113,12 @@ def test_score_is_the_log_probability_of_the_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"norm": "layer", "activation": "gelu", "bias": True}, {"qk_norm": True}, EXPERTS]
-)
+    "changes",
+    [
+        {}, {"norm": "layer", "activation": "gelu", "bias": True}, {"qk_norm": True}, EXPERTS,
+        {"qkv_bias": True, "rotary_scaling": YARN},
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 2e-2), (torch.float32, 1e-4)])
 def test_weights_laid_out_for_the_cpu_give_the_scores_of_fp32(

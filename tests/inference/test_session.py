@@ -406,9 +406,9 @@ def test_a_qwen3_directory_becomes_a_model(tmp_path: Path) -> None:
     content["model"]["vocab"] = {names.get(k, k): v for k, v in content["model"]["vocab"].items()}
     content["added_tokens"] = []
     (tmp_path / "qwen" / "tokenizer.json").write_text(json.dumps(content), "utf-8")
-    session = import_model(tmp_path / "qwen", tmp_path / "m6", "stem", num_codes=16, max_length=512)
-    assert session.processor.tokenizer.first_new_id == 700
+    import_model(tmp_path / "qwen", tmp_path / "m6", "stem", num_codes=16, max_length=512)
     loaded = Session.load(tmp_path / "m6", trainable=True)
+    assert loaded.processor.tokenizer.first_new_id == 700
     assert loaded.processor.seen_tokens == frozenset(range(700))  # not the tokens that are added
     assert torch.equal(loaded.model.embed.weight[:700], theirs.model.embed_tokens.weight)
     answer = loaded.run("caption", photo=picture(), decoding={"max_new_tokens": 4})

@@ -10,12 +10,13 @@ from openm6.core.batch import Batch, pack, pad
 from openm6.model import cpu
 from openm6.model.cache import fill, prefill, step
 from openm6.model.m6 import M6
-from tests.conftest import EXPERTS, example, tiny_model
+from tests.conftest import EXPERTS, YARN, example, tiny_model
 
 CASES = [
     {"num_key_value_heads": 2, "qk_norm": True},
     {"norm": "layer", "activation": "gelu", "positions": "learned"},
     {**EXPERTS, "router": "prototype", "auxiliary_loss": 0.1},
+    {"num_key_value_heads": 2, "qkv_bias": True, "rotary_scaling": YARN},
 ]
 
 

@@ -52,6 +52,12 @@ def test_counted_parameters_are_those_of_the_network(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == sum(count_parameters(config).values())
 
 
+@pytest.mark.parametrize("bias", [{}, {"qkv_bias": True}, {"bias": True}, {"bias": True, "qkv_bias": False}])
+def test_counted_parameters_have_the_biases(bias: dict) -> None:
+    model = tiny_model(num_key_value_heads=2, **bias)
+    assert sum(p.numel() for p in model.parameters()) == sum(count_parameters(model.config).values())
+
+
 def test_dense_parts_of_expert_presets_are_those_of_a_dense_network() -> None:
     config = ModelConfig.preset("m6-moe-100b")
     dense = ModelConfig.preset("m6-base")

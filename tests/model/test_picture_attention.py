@@ -11,9 +11,9 @@ from openm6.core.errors import OpenM6Error
 from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, SOURCE_BLOCKS, ImageTarget, Sequence
 from openm6.inference.draw import Codes, Drawing, draw, estimate
 from openm6.model import M6
-from openm6.model.attention import rotary_angles
 from openm6.model.count import attention_pairs
 from openm6.model.cpu.attention import additive
+from openm6.model.rotary import rotary_angles
 from openm6.model.sparse import SparsePattern
 from tests.conftest import VOCABULARY, tiny_config
 

@@ -34,13 +34,14 @@ from openm6.train.distributed import Group
 from openm6.train.optimizer import make_optimizers
 from openm6.train.parallel import Parallel
 from openm6.train.recipe import ParallelSection, TrainSection
-from tests.conftest import EXPERTS, example, tiny_config
+from tests.conftest import EXPERTS, YARN, example, tiny_config
 
 ALONE = Group(0, 1, torch.device("cpu"))
 PAPER = {"norm": "layer", "activation": "gelu", "positions": "learned"}
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_hidden_layers": 3}
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"qk_norm": True, "num_key_value_heads": 2},
+    "biased": {"qkv_bias": True, "rotary_scaling": YARN},
     "paper": PAPER,
     "experts": {**EXPERTS, "num_experts": 8},
     "paper-experts": {**PAPER, "num_experts": 8, "expert_interval": 3},

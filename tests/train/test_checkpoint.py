@@ -135,7 +135,7 @@ def test_consolidated_in_several_files_is_the_same(tmp_path: Path, monkeypatch: 
     path = save(open_at(tmp_path), 1, model, torch.optim.AdamW(model.parameters()))
     model.config.save(path)
     for name, size in (("one", 2**30), ("many", 20_000)):
-        monkeypatch.setattr("openm6.train.checkpoint.SHARD", size)
+        monkeypatch.setattr("openm6.model.files.SHARD", size)
         consolidate(path, tmp_path / name)
         loaded = load_model(tmp_path / name)
         assert all(torch.equal(v, model.state_dict()[k]) for k, v in loaded.state_dict().items())

@@ -1,0 +1,99 @@
+"""Directories of Hugging Face's form: config.json, safetensors in one file or in shards, tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from openm6.core.errors import OpenM6Error, UsageError
+from openm6.core.tokenizer import open_fast
+from openm6.model.files import open_tensors, weight_files
+from openm6.weights.checkpoint import Checkpoint, Stored, check_tensors
+from openm6.weights.families import Part, model_config
+from openm6.weights.origin import read_origin
+
+JSON_LIMIT = 64 * 2**20
+"""Bytes of a JSON file of a checkpoint, at most."""
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def open_huggingface(path: Path) -> Checkpoint:
+    """Raises what `open_checkpoint` does."""
+    if not (path / "config.json").is_file():
+        if files := sorted(path.glob("*.gguf")):
+            raise UsageError(f"{path} has no config.json, but GGUF files: import one of them, such as {files[0]}.")
+        raise UsageError(f"{path} has no config.json: give the directory of a Hugging Face checkpoint.")
+    config = model_config(_json_of(path / "config.json"), path / "config.json")
+    if not any(path.glob("*.safetensors*")) and (pickled := [f for f in path.iterdir() if f.suffix in PICKLED]):
+        raise is_pickled(min(pickled))
+    stored = _stored(path)
+
+    def find(part: Part) -> Stored:
+        if part.name not in stored:
+            raise OpenM6Error(f"{path} has no tensor {part.name}.")
+        return stored[part.name]
+
+    tied = config.tie_word_embeddings and "lm_head.weight" in stored
+    ignored = {"lm_head.weight"} if tied else set()
+    names = (n for n in stored if n not in ignored and not n.endswith("rotary_emb.inv_freq"))
+    check_tensors(path, config, names, find)
+    if tied and not _equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"]):
+        raise UsageError(
+            f"{path / 'config.json'}: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight."
+        )
+    return Checkpoint(path, config, find, lambda: open_fast(path), read_origin(path))
+
+
+def _json_of(file: Path) -> dict[str, Any]:
+    if file.stat().st_size > JSON_LIMIT:
+        raise OpenM6Error(f"{file} has more than {JSON_LIMIT // 2**20} MiB.")
+    try:
+        return dict(json.loads(file.read_text("utf-8")))
+    except (ValueError, TypeError, RecursionError):
+        raise OpenM6Error(f"{file} is not valid JSON.") from None
+
+
+def _stored(path: Path) -> dict[str, Stored]:
+    """All tensors of safetensors files, whose headers the library checks."""
+    found = {}
+    with open_tensors(path) as where:
+        entries = {
+            name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()) for name, file in where.items()
+        }
+    for file in weight_files(path):
+        for name, offset in _offsets(file).items():
+            kind, shape = entries[name]
+            if kind not in _DTYPES:
+                raise UsageError(f"{path}: {name} is of the type {kind}; only {', '.join(_DTYPES)} can be imported.")
+            row = _DTYPES[kind].itemsize * int(np.prod(shape[1:], dtype=object))
+            found[name] = Stored(name, file, offset, tuple(shape), _DTYPES[kind], row)
+    return found
+
+
+def _offsets(file: Path) -> Mapping[str, int]:
+    """Where the tensors of a safetensors file begin; the library has checked its header."""
+    with file.open("rb") as data:
+        size = int.from_bytes(data.read(8), "little")
+        header = json.loads(data.read(size))
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
+def _equal(one: Stored, other: Stored) -> bool:
+    if one.shape != other.shape:
+        return False
+    step = max(1, 2**24 // one.row_bytes)
+    spans = [(first, min(first + step, one.shape[0])) for first in range(0, one.shape[0], step)]
+    return all(torch.equal(one.rows(*span), other.rows(*span)) for span in spans)
+
+
+def is_pickled(file: Path) -> UsageError:
+    return UsageError(
+        f"{file} is pickled: it can run code and is not read. Convert it where you trust it, by transformers' "
+        "AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(OUTPUT), and import the output."
+    )
