@@ -75,7 +75,7 @@ def _ours(model: M6, ids: np.ndarray, new: int) -> Callable[[], list[list[int]]]
         for row in ids
     ]
     options = Decoding(max_new_tokens=new)
-    return lambda: [answer.ids for answer in generate(model, prompts, end_id=-1, decoding=options)]
+    return lambda: [answer.ids for answer in generate(model, prompts, end_ids=[-1], decoding=options)]
 
 
 def _imported(folder: Path) -> M6:

@@ -26,6 +26,7 @@ from openm6.model.lowbit import stored
 from openm6.model.norm import RMSNorm
 from openm6.model.roles import role_of
 from openm6.tasks.encode import encode_example
+from openm6.weights.chat_files import write_chat
 from openm6.weights.directory import describe, make_processor
 from openm6.weights.import_checkpoint import import_weights, open_checkpoint
 from openm6.weights.origin import copy_papers
@@ -42,15 +43,21 @@ def import_model(
     total. Raises UsageError for a checkpoint that cannot be imported or an `output` that exists."""
     require_new(output)
     checkpoint = open_checkpoint(path)
-    tokenizer = Tokenizer.wrap(checkpoint.fast(), num_codes, start_at=checkpoint.config.vocab_size)
+    fast = checkpoint.fast()
+    chat, start_at = checkpoint.chat(fast), checkpoint.config.vocab_size
+    tokenizer = Tokenizer.wrap(fast, num_codes, start_at, chat.ends if chat else ())
     config = replace(
         checkpoint.config, vocab_size=tokenizer.vocab_size, num_codes=num_codes, image_embedder=image_embedder
     )
     known = frozenset(range(tokenizer.first_new_id))
-    processor = make_processor(config, tokenizer, max_length, seen_tokens=known, origin=checkpoint.origin)
+    processor = make_processor(
+        config, tokenizer, max_length, seen_tokens=known, origin=checkpoint.origin, chat=chat.format if chat else None
+    )
 
     def write(folder: Path) -> None:
         describe(folder, meta_model(config), processor, ())
+        if chat:
+            write_chat(folder, chat.format, chat.generation)
         if path.is_dir():
             copy_papers(path, folder)
         import_weights(checkpoint, config, folder, progress)

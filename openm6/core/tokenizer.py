@@ -54,9 +54,15 @@ class Tokenizer:
     code_start      id of the first of `num_codes` image codes
     estimate_ids    ids of the tokens that ask for a picture's relevance, fidelity and quality; answer: yes_id or no_id
     class_ids       256 ids that stand for numbers where a position answers with one (of the bytes, if present)
-    first_new_id    lowest id of our special tokens: a wrapped vocabulary keeps all ids below it"""
+    first_new_id    lowest id of our special tokens: a wrapped vocabulary keeps all ids below it
+    end_id          id of the token that ends an answer: `<|end|>`, or of a wrapped vocabulary its own (`ends`)
+    end_ids         ids at which decoding stops, `end_id` first
+    between_ids     ids between two texts that touch: `<|row|>`, or with an own end a newline's
+    unwritten       ids that no text has where the vocabulary's own end is used: all that are not its own"""
 
-    def __init__(self, fast: tokenizers.Tokenizer, num_codes: int = 0):
+    def __init__(self, fast: tokenizers.Tokenizer, num_codes: int = 0, ends: Sequence[str] = ()):
+        """`ends`: tokens of a wrapped vocabulary that end an answer, in place of `<|end|>`; the first is the one that
+        is learned, and that constraints allow."""
         if num_codes < 0:
             raise UsageError(f"num_codes is {num_codes}; it cannot be negative.")
         known = fast.get_vocab(with_added_tokens=True)
@@ -80,10 +86,22 @@ class Tokenizer:
         self.num_codes = num_codes
         self.code_start = max(known.values()) + 1
         self.vocab_size = self.code_start + num_codes
+        self.ends = tuple(ends)
+        if unknown := [token for token in ends if token not in known]:
+            raise UsageError(f"This tokenizer has no token {unknown[0]}, which is to end its answers.")
+        self.end_ids = tuple(known[token] for token in ends) or (self.end_id,)
+        self.end_id = self.end_ids[0]
+        self.between_ids = self.encode_often("\n") if ends else (self.row_id,)
+        self.unwritten = range(self.first_new_id if ends else self.vocab_size, self.vocab_size)
+
+    def with_ends(self, ends: Sequence[str]) -> Tokenizer:
+        """The tokenizer with other end tokens."""
+        return Tokenizer(self._fast, self.num_codes, ends)
 
     def is_like(self, other: Tokenizer) -> bool:
         """True if both tokenizers give the same ids for every text."""
-        return self.num_codes == other.num_codes and self._fast.to_str() == other._fast.to_str()
+        mine, theirs = (self.num_codes, self.ends), (other.num_codes, other.ends)
+        return mine == theirs and self._fast.to_str() == other._fast.to_str()
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, never those of a special token. Raises DataError for a lone surrogate."""
@@ -94,6 +112,19 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError):
             raise _unreadable(text) from None
         return ids
+
+    def encode_placed(self, text: str) -> list[tuple[int, int]]:
+        """`encode`, each id with the place in the text where its token ends, in characters."""
+        try:
+            found = self._fast.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):
+            raise _unreadable(text) from None
+        return [(token, stop) for token, (_, stop) in zip(found.ids, found.offsets, strict=True)]
+
+    @cached_property
+    def special(self) -> dict[str, int]:
+        """The special tokens: those of OpenM6, and a wrapped vocabulary's own."""
+        return {one.content: token for token, one in self._fast.get_added_tokens_decoder().items() if one.special}
 
     def encode_often(self, text: str) -> tuple[int, ...]:
         """`encode` with a cache, for the few texts that recur (instructions, labels)."""
@@ -158,8 +189,7 @@ class Tokenizer:
 
     @cached_property
     def _textless(self) -> frozenset[int]:
-        """The special tokens."""
-        return frozenset(token for token, one in self._fast.get_added_tokens_decoder().items() if one.special)
+        return frozenset(self.special.values())
 
     def begun(self, ids: Sequence[int]) -> bytes:
         """The bytes at the end of `ids` that begin a character without completing it; b"" if there are none."""
@@ -184,11 +214,12 @@ class Tokenizer:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "pad_token": "<|pad|>",
-            "eos_token": "<|end|>",
+            "eos_token": next(iter(self.ends), "<|end|>"),
             "mask_token": "<|mask|>",
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
             "num_codes": self.num_codes,
+            **({"ends": self.ends} if self.ends else {}),
         }
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
@@ -199,17 +230,18 @@ class Tokenizer:
         fast = open_fast(directory)
         config = directory / "tokenizer_config.json"
         try:
-            num_codes = json.loads(config.read_text("utf-8"))["num_codes"]
+            content = json.loads(config.read_text("utf-8"))
+            num_codes, ends = content["num_codes"], [str(token) for token in content.get("ends", ())]
         except (OSError, ValueError, KeyError, TypeError):
             raise UsageError(
                 f"{directory} holds no tokenizer of OpenM6 ({config.name} does not tell num_codes): "
                 "wrap a foreign one by Tokenizer.wrap."
             ) from None
-        return cls(fast, num_codes)
+        return cls(fast, num_codes, ends)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickled `tokenizers.Tokenizer` forgets encode_special_tokens.
-        return _restore, (self._fast.to_str(), self.num_codes)
+        return _restore, (self._fast.to_str(), self.num_codes, self.ends)
 
     @classmethod
     def train(
@@ -260,8 +292,9 @@ class Tokenizer:
 
     @classmethod
     def wrap(
-        cls, foreign: str | Path | tokenizers.Tokenizer, num_codes: int = 1024, start_at: int | None = None
-    ) -> Tokenizer:
+        cls, foreign: str | Path | tokenizers.Tokenizer, num_codes: int = 1024, start_at: int | None = None,
+        ends: Sequence[str] = (),
+    ) -> Tokenizer:  # fmt: skip
         """Append our tokens and codes to the ids of any fast tokenizer (or of a tokenizer.json, or its directory).
 
         `start_at` is the first id to be ours, where the embedding of the model has more rows than the tokenizer has
@@ -275,11 +308,11 @@ class Tokenizer:
             raise UsageError(f"start_at is {start_at}, but the tokenizer uses the ids up to {used - 1}.")
         fillers = [f"<|unused_{k}|>" for k in range(used, start_at or used)]
         fast.add_special_tokens([*fillers, *SPECIAL])
-        return cls(fast, num_codes)
+        return cls(fast, num_codes, ends)
 
 
-def _restore(content: str, num_codes: int) -> Tokenizer:
-    return Tokenizer(tokenizers.Tokenizer.from_str(content), num_codes)
+def _restore(content: str, num_codes: int, ends: Sequence[str] = ()) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(content), num_codes, ends)
 
 
 def open_fast(path: Path) -> tokenizers.Tokenizer:

@@ -14,6 +14,7 @@ import numpy as np
 
 from openm6.core.errors import DataError, UsageError, cut, suggest
 from openm6.core.images import PICTURES
+from openm6.data.conversations import conversation_key, conversation_of, split_answer
 from openm6.data.files import is_remote, join, read_file
 from openm6.data.store import Record, Records
 from openm6.tasks.slots.label import normalize_label
@@ -53,9 +54,6 @@ _SAMPLE = 32
 _KEY = re.compile(r"(id|ids|key|keys|index|idx|uuid|hash|md5|sha1|url|path|编号|序号|编码|网址|链接)$", re.IGNORECASE)
 """Names of columns that identify a record."""
 
-_TURN = {"role", "from"}
-"""Keys of the speaker in a turn of a conversation."""
-
 _CODE = re.compile(
     r"(?=.*\d)[\w./:\\#+-]{1,80}|\d{4}\D\d\d?\D\d\d? [\d:.]+|[0-9a-f]{6,64}|\S+\.[a-z0-9]{2,5}",
     re.IGNORECASE | re.ASCII,
@@ -91,6 +89,9 @@ class SlotView:
         for name, column in self.mapping.items():
             value = record.get(column)
             kind = self.task.slots[name].type
+            if kind == "messages":
+                seen |= self._conversation(record, name, column)
+                continue
             if kind == "image":
                 value = _picture(value, str(record.get("_root") or ""), str(record.get("_where", "A record")))
             elif kind in ("text", "label"):
@@ -102,6 +103,25 @@ class SlotView:
             else:
                 seen[name] = value
         return seen
+
+    def _conversation(self, record: Record, slot: str, column: str) -> Record:
+        where, root = str(record.get("_where", "A record")), str(record.get("_root") or "")
+        try:
+            messages = conversation_of(record, column)
+        except DataError as error:
+            raise DataError(f"{where}: {column}: {error}") from None
+        for message in messages:
+            if isinstance(message["content"], list):
+                message["content"] = [_with_path(part, root, where) for part in message["content"]]
+        found = split_answer(messages)
+        named = dict(zip((slot, *self.task.outputs[:1]), (found["messages"], found.get("answer")), strict=False))
+        return {name: value for name, value in {**found, **named}.items() if value is not None}
+
+
+def _with_path(part: Any, root: str, where: str) -> Any:
+    if isinstance(part, Mapping) and part.get("type") == "image":
+        return {**part, "image": _picture(part.get("image"), root, where)}
+    return part
 
 
 def map_columns(
@@ -125,6 +145,14 @@ def map_columns(
             )
         require_columns(columns, [column], f"columns.{slot}: the data")
     choice = _Choice(task, columns, rows, dict(mapping))
+    if talk := task.converses:
+        key = mapping.get(talk) or next(filter(None, map(conversation_key, rows)), None)
+        if key is None:
+            raise UsageError(
+                f"The task {task.name} needs conversations, and the data's columns ({_listed(columns)}) hold none: "
+                "messages (OpenAI), conversations (ShareGPT, LLaVA), instruction with output (Alpaca), or query with response."
+            )
+        return {**mapping, talk: key}
     choice.take(lambda slot, kind: [c for c in columns if c == slot], ranked=True)
     choice.take(lambda slot, kind: choice.named((slot, *task.aliases.get(slot, ()))), ranked=True)
     choice.take(lambda slot, kind: choice.named(_synonyms(slot, kind))[: 1 if kind in ("image", "table") else None])
@@ -238,22 +266,12 @@ def _advice(choice: _Choice, slot: str, mapping: Mapping[str, str], command: str
         hint = f" ({_listed(keys)} {'looks like a key' if len(keys) == 1 else 'look like keys'})"
     options = [word for s, c in {**mapping, slot: column}.items() for word in ("-c", f"{s}={c}")]
     talk = next(filter(None, map(conversation_key, choice.rows)), None)
-    told = f"The data hold conversations (under {talk!r}), which are not read yet. " if talk else ""
+    told = f"The data hold conversations (under {talk!r}), which the task chat reads. " if talk else ""
     return told + (
         f"The task {choice.task.name} needs {slot} ([{choice.task.slots[slot].type}:{slot}]), and none of the data's "
         f"columns ({_listed(choice.columns)}) is taken for it{hint}: say which, by columns: {{{slot}: {column}}} in a "
         f"recipe, or by {command} {shlex.join(options)}"
     )
-
-
-def conversation_key(record: Record) -> str | None:
-    """The key of a conversation in a record, in the layouts of OpenAI (`messages`), ShareGPT and LLaVA
-    (`conversations`) or Alpaca (`instruction`, with `output`); None for any other record."""
-    for key in ("messages", "conversations", "conversation"):
-        turns = record.get(key)
-        if isinstance(turns, list) and turns and all(isinstance(t, dict) and _TURN & t.keys() for t in turns):
-            return key
-    return "instruction" if {"instruction", "output"} <= record.keys() else None
 
 
 def _listed(columns: Iterable[str]) -> str:

@@ -199,7 +199,7 @@ class EdgeModel:
         ids, chances, finished, first = [], [], False, self._read(prompt)
         for token, chance in self._steps(prompt, first, most):
             chances.append(chance)
-            finished = token == self.processor.tokenizer.end_id
+            finished = token in self.processor.tokenizer.end_ids
             if not finished:
                 ids.append(token)
         confidence = float(np.exp(np.log(np.maximum(chances, 1e-12)).mean()))
@@ -212,15 +212,15 @@ class EdgeModel:
     def _steps(self, prompt: Sequence, first: list[np.ndarray], most: int) -> Iterator[tuple[int, float]]:
         """Greedy decoding: token by token with its probability, until the end token; `first`: the network's outputs for
         the prompt."""
-        end, length = self.processor.tokenizer.end_id, len(prompt)
+        ends, length = self.processor.tokenizer.end_ids, len(prompt)
         logits, _, present, *_ = first
         cache = np.empty((length + most, *present.shape[1:]), np.float32)
         cache[:length] = present
         ids: list[int] = []
         for place in range(length, length + most):
-            token, chance = _likeliest(logits, allowed_after(prompt, ids, end))
+            token, chance = _likeliest(logits, allowed_after(prompt, ids, ends[0]))
             yield token, chance
-            if token == end:
+            if token in ends:
                 return
             ids.append(token)
             if len(ids) == most:

@@ -29,14 +29,15 @@ from openm6.tasks.task import Task
 def generate_steps(
     model: M6,
     prompts: Items[Sequence],
-    end_id: int,
+    end_ids: Items[int],
     decoding: Decoding | None = None,
     batch_size: int = 64,
     numbers: Items[int] | None = None,
 ) -> Steps[list[Generated]]:
     """Continue every prompt (a Sequence that ends where the answer begins). Results in the prompts' order.
 
-    `numbers` select the prompts' random numbers; 0, 1, ... by default. A step is one token of all beams, or without
+    `end_ids` end an answer; a constraint allows the first of them alone. `numbers` select the prompts' random numbers;
+    0, 1, ... by default. A step is one token of all beams, or without
     beams a whole batch; it costs a prompt the tokens that were generated, the end token included.
     """
     decoding, numbers = decoding or Decoding(), numbers or range(len(prompts))
@@ -44,8 +45,8 @@ def generate_steps(
     def batch_steps(chosen: list[int]) -> Steps[list[Generated]]:
         group = [prompts[i] for i in chosen]
         if decoding.num_beams > 1:
-            return beam_steps(model, group, end_id, decoding)
-        return _batch_steps(model, group, [numbers[i] for i in chosen], end_id, decoding)
+            return beam_steps(model, group, end_ids, decoding)
+        return _batch_steps(model, group, [numbers[i] for i in chosen], end_ids, decoding)
 
     return in_batches(prompts, batch_size, batch_steps)
 
@@ -54,27 +55,27 @@ generate = complete(generate_steps)
 """`generate_steps` from beginning to end."""
 
 
-def stream(model: M6, prompt: Sequence, end_id: int, decoding: Decoding | None = None) -> Iterator[int]:
+def stream(model: M6, prompt: Sequence, end_ids: Items[int], decoding: Decoding | None = None) -> Iterator[int]:
     """The ids of one answer, each as soon as it is decided. Raises UsageError for beams, which can change until the
     end."""
     decoding = decoding or Decoding()
     if decoding.num_beams > 1:
         raise UsageError("Beam search cannot stream: its first token is decided last. Use num_beams=1.")
-    for tokens, _, _ in _tokens(model, [prompt], [0], end_id, decoding):
+    for tokens, _, _ in _tokens(model, [prompt], [0], end_ids, decoding):
         token = int(tokens[0])
-        if token != end_id:
+        if token not in end_ids:
             yield token
 
 
 def _batch_steps(
-    model: M6, prompts: Items[Sequence], numbers: list[int], end_id: int, decoding: Decoding
+    model: M6, prompts: Items[Sequence], numbers: list[int], end_ids: Items[int], decoding: Decoding
 ) -> Steps[list[Generated]]:
     ids: list[list[int]] = [[] for _ in prompts]
     scores, finished = [0.0] * len(prompts), [False] * len(prompts)
-    for tokens, log_probs, rows in _tokens(model, prompts, numbers, end_id, decoding):
+    for tokens, log_probs, rows in _tokens(model, prompts, numbers, end_ids, decoding):
         for token, log_prob, row in zip(tokens.tolist(), log_probs.tolist(), rows, strict=True):
             scores[row] += log_prob
-            if token == end_id:
+            if token in end_ids:
                 finished[row] = True
             else:
                 ids[row].append(token)
@@ -84,7 +85,7 @@ def _batch_steps(
 
 @torch.inference_mode()
 def _tokens(
-    model: M6, prompts: Items[Sequence], numbers: list[int], end_id: int, decoding: Decoding
+    model: M6, prompts: Items[Sequence], numbers: list[int], end_ids: Items[int], decoding: Decoding
 ) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
     """Yields (tokens, log-probabilities, rows) of the rows that have not ended, until all have."""
     longest = max(len(p) for p in prompts)
@@ -96,10 +97,10 @@ def _tokens(
     prefixes: list[list[int]] = [[] for _ in prompts]
     for left in range(decoding.max_new_tokens, 0, -1):
         decodings, written = [decoding] * len(rows), [prefixes[row] for row in rows]
-        logits = permitted(model.logits(hidden), [prompts[row] for row in rows], written, decodings, end_id)
+        logits = permitted(model.logits(hidden), [prompts[row] for row in rows], written, decodings, end_ids[0])
         tokens, log_probs = select_tokens(logits, decodings, [generators[row] for row in rows])
         yield tokens, log_probs, rows
-        running = [i for i, token in enumerate(tokens.tolist()) if token != end_id]
+        running = [i for i, token in enumerate(tokens.tolist()) if token not in end_ids]
         if not running or left == 1:
             return
         for row, token in zip(rows, tokens.tolist(), strict=True):
@@ -171,18 +172,21 @@ def sample(logits: Tensor, draws: Tensor, top_k: int = 0, top_p: float = 1.0) ->
 def text_steps(context: Context, task: Task, items: list[Prepared], batch_size: int) -> Steps[list[Generated]]:
     """The generated texts of prepared requests that share their options."""
     prompts, numbers = [item.prompt for item in items], [item.number for item in items]
-    end_id = context.processor.tokenizer.end_id
-    return generate_steps(context.model, prompts, end_id, items[0].options, batch_size, numbers)
+    end_ids = context.processor.tokenizer.end_ids
+    return generate_steps(context.model, prompts, end_ids, items[0].options, batch_size, numbers)
 
 
 def read_text(context: Context, task: Task, generated: Generated) -> Answer:
-    """The value of the task's one output, or the dict of its outputs."""
-    return Answer(task.value(generated.ids, context.processor), generated.finished)
+    """The value of the task's one output, or the dict of its outputs, and the reasoning before it."""
+    processor, reasoning = context.processor, ""
+    if processor.chat is not None:
+        reasoning = processor.chat.split_reasoning(generated.ids, processor.tokenizer)[0]
+    return Answer(task.value(generated.ids, processor), generated.finished, reasoning=reasoning)
 
 
 def _pieces(context: Context, task: Task, item: Prepared) -> Iterator[str]:
     pieces = Pieces(context.processor.tokenizer)
-    tokens = stream(context.model, item.prompt, context.processor.tokenizer.end_id, item.options)
+    tokens = stream(context.model, item.prompt, context.processor.tokenizer.end_ids, item.options)
     for token in in_context(context.precision, tokens):
         if piece := pieces.add(token):
             yield piece
@@ -202,7 +206,7 @@ BEAM = replace(
 
 
 @torch.inference_mode()
-def beam_steps(model: M6, prompts: Items[Sequence], end_id: int, decoding: Decoding) -> Steps[list[Generated]]:
+def beam_steps(model: M6, prompts: Items[Sequence], end_ids: Items[int], decoding: Decoding) -> Steps[list[Generated]]:
     """The best finished beam of every prompt, by log-probability / length ** length_penalty.
 
     Each prompt keeps `num_beams` open beams. Of the 2 x num_beams best continuations those that end are set
@@ -230,12 +234,12 @@ def beam_steps(model: M6, prompts: Items[Sequence], end_id: int, decoding: Decod
 
     for number in range(decoding.max_new_tokens):
         written = [ids for beam in beams for ids in beam]
-        logits = permitted(model.logits(hidden), every, written, [decoding] * len(every), end_id)
+        logits = permitted(model.logits(hidden), every, written, [decoding] * len(every), end_ids[0])
         totals = scores[:, :, None] + logits.log_softmax(-1).view(count, width, -1)
         vocabulary = totals.shape[-1]
         best, places = totals.flatten(1).topk(min(2 * width, width * vocabulary), dim=-1)
         parents = torch.arange(count * width, device=device).view(count, width)
-        tokens = torch.full((count, width), end_id, device=device)
+        tokens = torch.full((count, width), end_ids[0], device=device)
         next_scores = torch.full_like(scores, float("-inf"))
         next_beams = [list(b) for b in beams]
         costs = [0 if one else width for one in done]
@@ -248,7 +252,7 @@ def beam_steps(model: M6, prompts: Items[Sequence], end_id: int, decoding: Decod
                     break
                 parent, token = divmod(place, vocabulary)
                 ids = beams[p][parent]
-                if token == end_id:
+                if token in end_ids:
                     ended[p].append((final(score, len(ids) + 1), Generated(ids, score, True)))
                     continue
                 next_beams[p][open_beams] = [*ids, token]

@@ -36,6 +36,8 @@ class Request:
     decoding        decoding options, which override the task's own
     candidates      number of pictures to draw
     probabilities   whether the probability of every label is computed beside the answer
+    system          text before all; None: the task's, else that of the model's chat form
+    thinking        whether the model reasons before it answers, where its chat template has a switch; None: its default
     """
 
     record: Record
@@ -46,6 +48,8 @@ class Request:
     decoding: Mapping[str, Any] = field(default_factory=dict)
     candidates: int = 1
     probabilities: bool = False
+    system: str | None = None
+    thinking: bool | None = None
 
     @classmethod
     def of(
@@ -93,11 +97,12 @@ class Prepared:
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A value as a server sends it. `finished`: whether a text ended before max_new_tokens; `warning`: a reason to
-    doubt the answer, or ""."""
+    doubt the answer, or ""; `reasoning`: what the model wrote before its answer."""
 
     value: Any
     finished: bool = True
     warning: str = ""
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)
@@ -151,5 +156,13 @@ class Mode:
 
 
 def text_options(context: Context, task: Task, request: Request) -> Decoding:
-    """Decoding options of a task that generates tokens."""
-    return Decoding.of(**{**task.decode, **request.decoding})
+    """Decoding options of a task that generates tokens. A model with a chat template samples free texts as its
+    checkpoint says; answers of a closed form are the most probable ones."""
+    return Decoding.of(**{**usual_decoding(context, task), **request.decoding})
+
+
+def usual_decoding(context: Context, task: Task) -> dict[str, Any]:
+    """A task's decoding options where a request has none."""
+    chat = context.processor.chat
+    is_free = chat is not None and not {task.slots[name].type for name in task.outputs} <= {"label", "box"}
+    return {**(chat.sampling if chat is not None and is_free else {}), **task.decode}

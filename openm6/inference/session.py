@@ -25,7 +25,7 @@ from openm6.model import M6
 from openm6.model.files import save_network
 from openm6.model.precision import fast_dtype
 from openm6.tasks.constraints import Limits
-from openm6.tasks.encode import encode_prompt
+from openm6.tasks.encode import asked_of, encode_prompt
 from openm6.tasks.forms import characters
 from openm6.tasks.lengths import check_truncate
 from openm6.tasks.library import get as get_task
@@ -122,12 +122,14 @@ class Session:
 
     def task(self, name: str | Task) -> Task:
         """A task of this model by name, else one of the library by name or YAML path."""
-        if isinstance(name, Task):
-            return name
-        return self.tasks.get(name) or get_task(name)
+        task = name if isinstance(name, Task) else self.tasks.get(name) or get_task(name)
+        return asked_of(task, self.processor)
 
     def is_trained_on(self, task: Task) -> bool:
-        """Whether one of the model's own tasks has this task's instruction."""
+        """Whether one of the model's own tasks has this task's instruction; a model with a chat template was trained to
+        follow instructions in text."""
+        if self.processor.chat is not None and not (task.draws or task.produces_no_tokens):
+            return True
         return any(task.instructions[0] in own.instructions for own in self.tasks.values())
 
     @property
@@ -143,6 +145,8 @@ class Session:
         examples: Items[Record] = (),
         limits: Limits | None = None,
         truncate: str | None = None,
+        system: str | None = None,
+        thinking: bool | None = None,
         **slots: Any,
     ) -> Any:
         """One answer: `m6.run("vqa", photo="a.jpg", question="图中的商品是什么颜色?")`.
@@ -153,10 +157,13 @@ class Session:
 
         A prompt that exceeds the context raises ContextLengthError. With `truncate="start"` its longest text loses its
         beginning instead, with a warning; other texts, the instruction, tables and pictures lose nothing.
+
+        `system` is a text before all. `thinking`: whether a model whose chat template has a switch for it reasons
+        before it answers.
         """
         task = self.task(task)
         task.check(slots)
-        request = Request(slots, examples, limits, truncate=truncate)
+        request = Request(slots, examples, limits, truncate=truncate, system=system, thinking=thinking)
         return next(self.run_many(task, [request], decoding=decoding))
 
     def draw(
@@ -330,7 +337,9 @@ class Session:
         request = Request.of(request)
         record, truncate = request.record, request.truncate
         check_truncate(truncate)
-        prompt = encode_prompt(task, record, self.processor, shots=request.examples, truncate=truncate)
+        prompt = encode_prompt(
+            task, record, self.processor, request.examples, truncate, request.system, request.thinking
+        )
         if prompt.truncated and self._is_first("cut", task):
             _log.warning(_CUT, record.get("_where", "A record"), self.processor.max_length, prompt.truncated, task.name)
         for picture in prompt.pictures:

@@ -196,7 +196,7 @@ class TextScheduler:
             row.last, log_prob = choice
             row.score += log_prob
             row.request.tokens += 1
-            is_end = row.last == self.view.processor.tokenizer.end_id
+            is_end = row.last in self.view.processor.tokenizer.end_ids
             piece = "" if is_end else row.add(row.last)
             if is_end or row.stopped.is_stopped or len(row.ids) >= row.options.max_new_tokens:
                 ended.add(number)

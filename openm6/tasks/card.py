@@ -26,6 +26,12 @@ def write_card(path: Path, processor: Processor, tasks: Iterable[Task]) -> None:
         content["seen_tokens"] = _ranges(processor.seen_tokens)
     if processor.origin:
         content["origin"] = processor.origin
+    content["prompt_format"] = "chat" if processor.chat else "openm6"
+    if processor.chat:
+        content["chat"] = {
+            "tokens": dict(processor.chat.tokens), "date": processor.chat.date, "thinking": processor.chat.thinking,
+            "system": processor.chat.system, "sampling": dict(processor.chat.sampling),
+        }  # fmt: skip
     (path / NAME).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
 
@@ -52,6 +58,18 @@ def read_origin(path: Path) -> dict[str, str] | None:
         return None if origin is None else {str(key): str(value) for key, value in origin.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise _damaged(card, error) from None
+
+
+def read_chat_settings(path: Path) -> dict[str, Any] | None:
+    """The settings of a model that is asked by its chat template: values of ChatFormat. None for others."""
+    card = path / NAME
+    content = _content(card)
+    kind, settings = content.get("prompt_format", "openm6"), content.get("chat")
+    if kind == "openm6":
+        return None
+    if kind != "chat" or not isinstance(settings, dict):
+        raise OpenM6Error(f"{card} is damaged: its prompt_format is {kind!r}; there are openm6 and chat.")
+    return settings
 
 
 def _ranges(numbers: Iterable[int]) -> str:

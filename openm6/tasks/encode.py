@@ -4,7 +4,7 @@ encode_prompt    in use: the source, up to `<|answer|>`
 encode_example   in training and measuring: the source, corrupted, and what is learned of its answer"""
 
 from collections.abc import Callable, Mapping, Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,16 +12,18 @@ import numpy as np
 from openm6.core.errors import ContextLengthError, DataError, UsageError
 from openm6.core.sequence import HeadTarget, ImageTarget, Sequence, SketchTarget, TextTarget
 from openm6.tasks import corrupt, drawn, sketch, target
-from openm6.tasks.forms import answer_constraint, characters
+from openm6.tasks.forms import AfterReasoning, answer_constraint, characters
 from openm6.tasks.grammar import Instruction, slots_of
 from openm6.tasks.heads import HEADS
-from openm6.tasks.layout import Piece, lay_out
+from openm6.tasks.layout import lay_out
 from openm6.tasks.lengths import CHARACTERS
+from openm6.tasks.piece import Piece
 from openm6.tasks.processor import Processor
-from openm6.tasks.record import Record, slot_errors, value_of, where
-from openm6.tasks.slots import TYPES, image
-from openm6.tasks.slots.text import as_text
+from openm6.tasks.record import Record, record_errors, slot_errors, value_of, where
+from openm6.tasks.slots import TYPES, image, messages
+from openm6.tasks.slots.text import as_text, spoken
 from openm6.tasks.task import Task
+from openm6.tasks.turns import Turn, keeps_turns, lay_out_turns
 
 MASKED_FRACTION = 0.4
 """Fraction of the pictures whose codes are learned by masks; the others are learned in order."""
@@ -29,6 +31,12 @@ MASKED_FRACTION = 0.4
 UNGUIDED_FRACTION = 0.1
 """Fraction of the pictures without any of the slots that may be dropped, where there are several: guidance leads away
 from pictures drawn without them."""
+
+ANSWER = "_answer"
+"""Key of a record with the message that answers its conversation, where it is more than a text."""
+
+TURNS = "_turns"
+"""Key of a record of a conversation: "last" where its last answer alone is learned."""
 
 VERDICT_FRACTION = 0.05
 """Fraction of the pictures that are whole and get verdicts: half of them are another record's."""
@@ -39,36 +47,51 @@ class _Encoding:
     """The setting in which the records of one example are encoded.
 
     rng              of training: draws texts, corruptions and dropped slots; None: the same each time
-    max_positions    of a request: positions of the model, by which the size of a value is checked"""
+    max_positions    of a request: positions of the model, by which the size of a value is checked
+    system           system text of a request; None: the task's, else that of the model's chat form
+    thinking         whether the model is to reason first, where its chat template has a switch; None: its own default
+    """
 
     task: Task
     instruction: Instruction
     processor: Processor
     rng: np.random.Generator | None = None
     max_positions: int | None = None
+    system: str | None = None
+    thinking: bool | None = None
 
 
 class _Source(NamedTuple):
-    """An encoded left side: its pieces, the texts that were taken out of it by slot, the index of each slot's piece."""
+    """An encoded left side: its pieces, the texts that were taken out of it by slot, the index of each slot's piece;
+    or the turns of its slot of messages."""
 
     pieces: list[Piece]
     complements: dict[str, str]
     places: dict[str, int]
+    turns: list[Turn]
+
+
+def asked_of(task: Task, processor: Processor) -> Task:
+    """The task as a model is asked: one with a chat template writes from a sketch as it writes all else, in order."""
+    return replace(task, sketch="") if task.sketch and processor.chat is not None else task
 
 
 def encode_prompt(
-    task: Task, record: Record, processor: Processor, shots: Items[Record] = (), truncate: str | None = None
-) -> Sequence:
+    task: Task, record: Record, processor: Processor, shots: Items[Record] = (), truncate: str | None = None,
+    system: str | None = None, thinking: bool | None = None,
+) -> Sequence:  # fmt: skip
     """The Sequence from which a record is answered: its source by the first instruction, with the gaps written in it.
 
-    `shots` are other records, with their answers, to stand before it. `truncate` says how a source that is longer than
+    `shots` are other records, with their answers, to stand before it. `system` is a text before all (None: the task's,
+    else that of the model's chat form), `thinking` lets a model reason first whose chat template has a switch for it.
+    `truncate` says how a source that is longer than
     the model's maximum is handled. None: it is refused. "start": the longest text loses its beginning, unless there are
     `shots`. "end": texts lose their ends (see lay_out). `Sequence.truncated` counts the positions that were left out.
 
     Raises DataError, which names the slot, for a record that cannot be used; ContextLengthError, with its positions and
     the model's, for a prompt that is too long, with the number of shots that fit."""
     record, truncate, lost = _before_truncation(task, record, processor, shots, truncate)
-    encoding = _Encoding(task, task.instructions[0], processor, None, processor.max_length)
+    encoding = _Encoding(task, task.instructions[0], processor, None, processor.max_length, system, thinking)
     source = _encode_source(encoding, record)
     if task.sketch:
         return _sketch_prompt(encoding, record, source, truncate, lost)
@@ -77,8 +100,10 @@ def encode_prompt(
     if task.draws:
         return drawn.open_picture(prompt, processor.tokenizer)
     if not task.produces_no_tokens:
-        constraint = answer_constraint(task, record, processor.tokenizer) or characters(processor.tokenizer)
-        prompt.target = TextTarget(constraint)
+        constraint = answer_constraint(task, record, processor.tokenizer)
+        if constraint is not None and processor.chat and processor.chat.is_thinking(thinking):
+            constraint = AfterReasoning(constraint, processor.chat, processor.tokenizer)
+        prompt.target = TextTarget(constraint or characters(processor.tokenizer))
     return prompt
 
 
@@ -102,6 +127,8 @@ def encode_example(
     number = 0 if rng is None or len(task.instructions) == 1 else int(rng.integers(len(task.instructions)))
     encoding = _Encoding(task, task.instructions[number], processor, rng)
     source = _encode_source(encoding, record, corrupted=True)
+    if source.turns:
+        return _conversation(encoding, record, source, permitted)
     ids = None if task.produces_no_tokens else _encode_target(encoding, record, source.complements)
     if ids is not None and task.sketch:
         prompt = _sketch_prompt(encoding, record, source, permitted, lost)
@@ -140,14 +167,16 @@ def _before_truncation(
 def _encode_source(encoding: _Encoding, record: Record, corrupted: bool = False) -> _Source:
     """Encode the left side of the instruction; `corrupted`: with the corruptions of its slots."""
     task, processor = encoding.task, encoding.processor
-    source = _Source([], {}, {})
+    source = _Source([], {}, {}, [])
     # A verdict refers to all inputs.
     rng = None if task.draws and drawn.verdicts_of(record) else encoding.rng
     unguided = rng is not None and task.controls > 1 and rng.random() < UNGUIDED_FRACTION
     after_text = False  # two texts that touch are kept apart
     for part in encoding.instruction.source:
         if isinstance(part, str):
-            source.pieces.append(Piece(processor.tokenizer.encode_often(part)))
+            source.pieces.append(
+                spoken(part, processor) if processor.chat else Piece(processor.tokenizer.encode_often(part))
+            )
             after_text = False
             continue
         if part.drop and (record.get(part.name) is None or unguided or (rng is not None and rng.random() < part.drop)):
@@ -162,8 +191,11 @@ def _encode_source(encoding: _Encoding, record: Record, corrupted: bool = False)
                 )
             elif part.mask:
                 value = corrupt.written_gaps(as_text(value))
+            if part.type == "messages":
+                source.turns.extend(messages.turns(value, processor))
+                continue
             piece = TYPES[part.type].source(value, processor)
-        if after_text and part.type in target.SPOKEN:
+        if after_text and not processor.chat and part.type in target.SPOKEN:
             source.pieces.append(Piece((processor.tokenizer.row_id,)))
         source.places[part.name] = len(source.pieces)
         source.pieces.append(piece)
@@ -183,15 +215,78 @@ def _encode_target(encoding: _Encoding, record: Record, complements: Mapping[str
     return target.join(encoding.instruction.target, written, encoding.processor.tokenizer)
 
 
-def _encode_shot(encoding: _Encoding, record: Record) -> list[Piece]:
+def _encode_shot(encoding: _Encoding, record: Record) -> list[Turn]:
     """Encode a record with its answer, to stand before another: all of it is source and is never cut."""
-    task, tokenizer = encoding.task, encoding.processor.tokenizer
-    if task.draws or task.produces_no_tokens:
-        raise UsageError(f"The task {task.name} takes no examples: it does not answer in words.")
+    task, processor = encoding.task, encoding.processor
+    if task.draws or task.produces_no_tokens or task.converses:
+        raise UsageError(
+            f"The task {task.name} takes no examples: it does not answer in words, or has turns of its own."
+        )
     source = _encode_source(encoding, record, corrupted=True)
     answer = _encode_target(encoding, record, source.complements)
-    whole = (tokenizer.answer_id, *answer, tokenizer.end_id)
-    return [*(piece._replace(cuttable=False) for piece in source.pieces), Piece(whole)]
+    asked = _user_turn([piece._replace(cuttable=False) for piece in source.pieces], processor)
+    text = processor.tokenizer.decode(answer) if processor.chat else None
+    return [asked, Turn("assistant", [Piece((), text=text) if text else Piece(answer)])]
+
+
+def _user_turn(pieces: list[Piece], processor: Processor) -> Turn:
+    """The parts of an instruction as a turn. In a chat template's form each stands on a line of its own."""
+    if processor.chat is None:
+        return Turn("user", pieces)
+    return Turn("user", [one for piece in pieces for one in (Piece((), text="\n"), piece)][1:])
+
+
+def _turns(encoding: _Encoding, source: _Source, shots: Items[list[Turn]]) -> tuple[list[Turn], list[list[Turn]]]:
+    """The turns before an answer: those that stay, and groups of which the first are left out where there is no room.
+    The last group is the question."""
+    chat, own = encoding.processor.chat, source.turns
+    asked = own or [_user_turn(source.pieces, encoding.processor)]
+    text = encoding.system if encoding.system is not None else encoding.task.system or (chat.system if chat else "")
+    head = [Turn("system", [spoken(text, encoding.processor)])] if text else []
+    if asked[0].role == "system":
+        head, asked = [asked[0]], asked[1:]
+    groups: list[list[Turn]] = []
+    for turn in asked:
+        if turn.role == "user" or not groups:
+            groups.append([])
+        groups[-1].append(turn)
+    return head, [*shots, *groups]
+
+
+def _conversation(encoding: _Encoding, record: Record, source: _Source, truncate: str | None) -> Sequence:
+    """The example of a conversation whose answer, and earlier ones where the model's form allows it, are learned. The
+    first turns are left out where there is no room."""
+    task, processor = encoding.task, encoding.processor
+    slot = task.slots[task.inputs[0]]
+    with slot_errors(record, slot):
+        answer = record.get(ANSWER) or {
+            "role": "assistant",
+            "content": value_of(task, record, task.slots[task.outputs[0]]),
+        }
+        learn = record.get(TURNS, "all") if keeps_turns(processor) else "last"
+        last = messages.turns([answer], processor)
+        head, groups = _turns(encoding, source, [])
+        if not groups or groups[-1][-1].role == "assistant":
+            raise DataError("end with an answer, where another one is to be learned.")
+        for dropped in range(len(groups)):
+            turns = [*head, *(turn for group in groups[dropped:] for turn in group), *last]
+            pieces = [
+                Piece((processor.tokenizer.pad_id,) * processor.prompt),
+                *lay_out_turns(turns, processor, encoding.thinking, record.get("tools") or (), learn),
+            ]
+            try:
+                example = lay_out(pieces, None, processor, task.name, truncate=None)
+                break
+            except ContextLengthError:
+                if dropped == len(groups) - 1:
+                    raise
+    left_out = [piece for group in groups[:dropped] for turn in group for piece in turn.pieces]
+    example.truncated = sum(_size(piece, processor) for piece in left_out)
+    return example
+
+
+def _size(piece: Piece, processor: Processor) -> int:
+    return len(piece.ids) if piece.text is None else len(processor.tokenizer.encode(piece.text))
 
 
 def _lay_out(
@@ -205,25 +300,31 @@ def _lay_out(
     """Lay out the example after its shots; in training after the last of them that fit."""
     task, processor = encoding.task, encoding.processor
     prefix = Piece((processor.tokenizer.pad_id,) * processor.prompt)
-    every = [_encode_shot(encoding, shot) for shot in shots]
+    tools = record.get("tools") or () if source.turns else ()
+    head, every = _turns(encoding, source, [_encode_shot(encoding, shot) for shot in shots])
     reserve, least = int(task.decode.get("max_new_tokens", 0)), 0
     if task.draws and ids is None:
         reserve = 1 + (0 if processor.codec is None else processor.codec.side**2)
         least = 0 if truncate == "end" else reserve
-    for dropped in range(len(every) + 1):
-        pieces = [prefix, *(piece for shot in every[dropped:] for piece in shot), *source.pieces]
+    full = 0
+    for dropped in range(len(every)):
+        turns = [*head, *(turn for group in every[dropped:] for turn in group)]
+        with record_errors(record):
+            pieces = [prefix, *lay_out_turns(turns, processor, encoding.thinking, tools)]
+        full = full or sum(len(piece.ids) for piece in pieces)
         try:
             found = lay_out(pieces, ids, processor, task.name, reserve, least, truncate)
             break
         except ContextLengthError as error:
-            if dropped == len(every):
+            if dropped == len(every) - 1 or (source.turns and truncate is None):
                 raise _too_long(encoding, record, source, error, truncate is None and not shots) from None
-    if dropped and encoding.rng is None:
-        left = len(every) - dropped
+    if dropped and source.turns:
+        found.truncated += full - sum(len(piece.ids) for piece in pieces)
+    elif dropped and encoding.rng is None:
+        left = len(every) - 1 - dropped
         fit = f"the last {left} of them fit" if left else "none of them fits"
-        needed = len(found) + sum(len(piece.ids) for shot in every[:dropped] for piece in shot)
         raise ContextLengthError(
-            f"{where(record)}{len(shots)} examples and the record do not fit: they have {needed:,} positions, and the "
+            f"{where(record)}{len(shots)} examples and the record do not fit: they have {full:,} positions, and the "
             f"model takes {processor.max_length:,} (max_length); {fit}.",
             param="examples",
         )
@@ -233,8 +334,8 @@ def _lay_out(
 def _sketch_prompt(encoding: _Encoding, record: Record, source: _Source, truncate: str | None, lost: int) -> Sequence:
     """The prompt of a task with a sketch. The slot of the sketch is never shortened."""
     task, processor = encoding.task, encoding.processor
-    number = source.places[task.sketch] + 1
-    pieces = [Piece((processor.tokenizer.pad_id,) * processor.prompt), *source.pieces]
+    number, end = source.places[task.sketch] + 1, Piece((processor.tokenizer.answer_id,))
+    pieces = [Piece((processor.tokenizer.pad_id,) * processor.prompt), *source.pieces, end]
     pieces[number] = pieces[number]._replace(cuttable=False)
     start = sum(len(piece.ids) for piece in pieces[:number])
     place = range(start, start + len(pieces[number].ids))
@@ -292,10 +393,11 @@ def _too_long(
     encoding: _Encoding, record: Record, source: _Source, error: Exception, is_truncatable: bool
 ) -> ContextLengthError:
     """The error with the record's place and, for a request that may be truncated, its longest text."""
-    sizes = {name: len(source.pieces[n].ids) for name, n in source.places.items() if source.pieces[n].cuttable}
+    every = [_size(piece, encoding.processor) for piece in source.pieces]
+    sizes = {name: every[n] for name, n in source.places.items() if source.pieces[n].cuttable}
     sizes.pop(encoding.task.sketch, None)
     longest, advice = max(sizes, key=lambda name: sizes[name], default=None), ""
-    others = sum(len(piece.ids) for piece in source.pieces) - sizes.get(longest or "", 0)
+    others = sum(every) - sizes.get(longest or "", 0)
     is_request = encoding.max_positions is not None
     if longest and is_request and is_truncatable and others < encoding.processor.max_length - 1:
         advice = (

@@ -12,6 +12,7 @@ from openm6.core.errors import DataError
 from openm6.core.sequence import Banned, Constraint
 from openm6.core.tokenizer import HALF, Tokenizer
 from openm6.tasks import target
+from openm6.tasks.chat import ChatFormat
 from openm6.tasks.grammar import slots_of
 from openm6.tasks.record import Record, slot_errors, value_of
 from openm6.tasks.slots import box
@@ -86,7 +87,8 @@ class Characters:
     """Any text of whole characters: the bytes of a character follow each other as in UTF-8, with nothing between.
 
     U+FFFD, the mark of a damaged text, is never written, neither in bytes nor as a token: an answer does not repeat
-    damage in its prompt or in the training data."""
+    damage in its prompt or in the training data. Nor are the tokens appended to the vocabulary of an imported model,
+    whose rows were never trained."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -98,7 +100,8 @@ class Characters:
         if found is None:
             fits = {token: _is_beginning(begun + more) for token, more in self._tokenizer.parts.items()}
             chosen = [token for token, fit in fits.items() if fit == bool(begun)]
-            found = tuple(chosen) if begun else Banned((*chosen, *self._tokenizer.damaged))
+            never = (*self._tokenizer.damaged, *self._tokenizer.unwritten)
+            found = tuple(chosen) if begun else Banned((*chosen, *never))
             self._following[begun] = found
         return found
 
@@ -114,7 +117,19 @@ def _is_beginning(data: bytes) -> bool:
 @lru_cache(maxsize=8)
 def characters(tokenizer: Tokenizer) -> Characters | None:
     """The constraint of texts without a form; None where all tokens have whole characters, none of them U+FFFD."""
-    return Characters(tokenizer) if tokenizer.parts or tokenizer.damaged else None
+    return Characters(tokenizer) if tokenizer.parts or tokenizer.damaged or tokenizer.unwritten else None
+
+
+class AfterReasoning:
+    """A constraint on what follows a model's reasoning, which is any text."""
+
+    def __init__(self, constraint: Constraint, chat: ChatFormat, tokenizer: Tokenizer):
+        self._constraint, self._chat, self._tokenizer = constraint, chat, tokenizer
+        self._free = Characters(tokenizer)
+
+    def next(self, prefix: Sequence[int]) -> Sequence[int]:
+        start = self._chat.answer_start(list(prefix), self._tokenizer)
+        return self._free.next(prefix) if start is None else self._constraint.next(prefix[start:])
 
 
 @lru_cache(maxsize=8)

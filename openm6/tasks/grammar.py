@@ -32,7 +32,7 @@ _CORRUPTIONS = ("mask", "prefix", "drop")
 RESERVED = frozenset(
     {
         "self", "task", "decoding", "examples", "limits", "candidates", "kept", "drawn", "adapter", "max_new_tokens",
-        "truncate",
+        "truncate", "system", "thinking",
     }
 )  # fmt: skip
 """Names that no slot can have: the other parameters of methods that take slots as keywords (`Session.run`,

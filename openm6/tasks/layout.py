@@ -9,22 +9,13 @@ or only those before them is a property of the model (`Processor.source`); it is
 else."""
 
 from collections.abc import Sequence as Items
-from typing import NamedTuple
 
 import numpy as np
 
 from openm6.core.errors import ContextLengthError
 from openm6.core.sequence import CAUSAL, IGNORE, SOURCE_BLOCKS, Picture, Sequence
+from openm6.tasks.piece import Piece
 from openm6.tasks.processor import Processor
-
-
-class Piece(NamedTuple):
-    """A stretch of the source: `ids`, and the `pixels` [H, W, 3] whose patches are the ids between its first and its
-    last (or features of these patches). A `cuttable` one may be shortened when the example is too long."""
-
-    ids: Items[int]
-    pixels: np.ndarray | None = None
-    cuttable: bool = False
 
 
 def lay_out(
@@ -36,7 +27,8 @@ def lay_out(
     least: int = 0,
     truncate: str | None = "end",
 ) -> Sequence:
-    """The Sequence of an example; without a target it ends where the answer begins.
+    """The Sequence of an example; without a target it ends where the answer begins. The answer's first token is the
+    label of the last position of the pieces (`<|answer|>`, or the end of what a chat template writes before it).
 
     `truncate`: handling of a source that is longer than `max_length`.
 
@@ -56,18 +48,26 @@ def lay_out(
         if piece.pixels is not None:
             pictures.append(Picture(piece.pixels, len(ids) + 1, len(piece.ids) - 2))
         ids += piece.ids
-    start = len(ids)
-    truncated = sum(len(piece.ids) for piece in pieces) - start
-    ids.append(tokenizer.answer_id)
+    first = next((number for number, piece in enumerate(fitted) if piece.learned), len(fitted))
+    start = sum(len(piece.ids) for piece in fitted[:first]) - 1
+    truncated = sum(len(piece.ids) for piece in pieces) - len(ids)
+    labels = learned_labels(fitted)
     if target is not None:
         ids += target[:wanted]
         truncated += len(target[wanted:])
+        labels += [IGNORE] * len(target[:wanted])
+        labels[start:] = [*target, tokenizer.end_id][: wanted + 1]
     blocks = np.full(len(ids), SOURCE_BLOCKS[processor.source], np.int32)
     blocks[start:] = CAUSAL
-    labels = np.full(len(ids), IGNORE, np.int32)
-    if target is not None:
-        labels[start:] = [*target, tokenizer.end_id][: wanted + 1]
-    return Sequence(np.array(ids, np.int32), blocks, labels, pictures, task, truncated=truncated)
+    if fitted[-1].learned:  # its last token is only predicted
+        ids, blocks, labels = ids[:-1], blocks[:-1], labels[:-1]
+    return Sequence(np.array(ids, np.int32), blocks, np.array(labels, np.int32), pictures, task, truncated=truncated)
+
+
+def learned_labels(pieces: list[Piece]) -> list[int]:
+    """The labels of pieces: each id of a learned one, at the position before it."""
+    following = [(i if piece.learned else IGNORE) for piece in pieces for i in piece.ids]
+    return [*following[1:], IGNORE]
 
 
 def _fit(
@@ -75,7 +75,7 @@ def _fit(
 ) -> tuple[list[Piece], int]:
     """The pieces, shortened to fit `most` positions as `lay_out` says, and the positions of the target that fit."""
     lengths = [len(piece.ids) for piece in pieces if piece.cuttable]
-    fixed = 1 + sum(len(piece.ids) for piece in pieces if not piece.cuttable)
+    fixed = sum(len(piece.ids) for piece in pieces if not piece.cuttable)
     loose, room = sum(lengths), most - fixed
     wanted = reserve if target is None else len(target)
     if truncate is None:

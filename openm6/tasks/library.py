@@ -44,6 +44,7 @@ class TaskFile(BaseModel):
     aliases: dict[str, list[str]] = {}
     reader: str = ""
     sketch: str = ""
+    system: str = ""
 
     @field_validator("example")
     @classmethod

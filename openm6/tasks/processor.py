@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from openm6.core.images import ImageGrid
 from openm6.core.tokenizer import Tokenizer
+from openm6.tasks.chat import ChatFormat
 
 if TYPE_CHECKING:
     from openm6.tasks.pictures import PictureCodec
@@ -23,6 +24,7 @@ class Processor:
     prompt       number of positions before every example that an adapter fills
     seen_tokens  ids that the model has met in training; None: unknown
     source       how the model reads a source: a key of SOURCE_BLOCKS
+    chat         how an imported model is asked: by its chat template; None: in OpenM6's own form
     origin       name and licence of the checkpoint that the weights began with; None: they began at random"""
 
     tokenizer: Tokenizer
@@ -33,3 +35,4 @@ class Processor:
     seen_tokens: frozenset[int] | None = None
     source: str = "bidirectional"
     origin: dict[str, str] | None = None
+    chat: ChatFormat | None = None

@@ -58,3 +58,12 @@ def slot_errors(record: Record, slot: Slot) -> Iterator[None]:
         raise type(error)(f"{where(record)}{slot.name}: {error}", param=slot.name) from None
     except UsageError as error:
         raise UsageError(f"{slot}: {error}") from None
+
+
+@contextmanager
+def record_errors(record: Record) -> Iterator[None]:
+    """Add the record's place to the message of a DataError."""
+    try:
+        yield
+    except DataError as error:
+        raise type(error)(f"{where(record)}{error}", param=error.param) from None

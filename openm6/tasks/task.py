@@ -29,6 +29,7 @@ class Task:
                    the same slot names
     sketch         the slot on the left that the text keeps much of: the text is then generated from a sketch of it, by
                    edits in parallel (see `sketch`), not one token after the other
+    system         text before all turns, of models with a chat template in its system role
     slots          slots by name, those of the left first; `inputs` and `outputs` are the names of each side"""
 
     name: str
@@ -41,6 +42,7 @@ class Task:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     reader: str = ""
     sketch: str = ""
+    system: str = ""
     slots: Mapping[str, Slot] = field(init=False, repr=False)
     inputs: tuple[str, ...] = field(init=False)
     outputs: tuple[str, ...] = field(init=False)
@@ -65,6 +67,8 @@ class Task:
         if (self.draws or self.produces_no_tokens) and any(len(i.target) > 1 for i in self.instructions):
             what = "picture that is drawn" if self.draws else "vector" if self.embeds else "head's answer"
             raise UsageError(f"The task {self.name}: a {what} stands alone on the right side.")
+        if self.converses and any(len(i.source) > 1 for i in self.instructions):
+            raise UsageError(f"The task {self.name}: messages stand alone on the left side.")
         if self.sketch:
             given = inputs.get(self.sketch)
             if given is None or given.type not in ("text", "table") or given.drop or given.mask or given.prefix:
@@ -98,6 +102,11 @@ class Task:
     def embeds(self) -> bool:
         """Whether the answer is a vector: the network's output where the answer would begin, alone on the right."""
         return any(self.slots[name].type == "vector" for name in self.outputs)
+
+    @property
+    def converses(self) -> str:
+        """The slot of messages, which stands alone on the left; "" of other tasks."""
+        return next((name for name in self.inputs if self.slots[name].type == "messages"), "")
 
     @property
     def head(self) -> str:
@@ -136,6 +145,7 @@ class Task:
             "aliases": {name: list(values) for name, values in self.aliases.items()},
             "reader": self.reader,
             "sketch": self.sketch,
+            "system": self.system,
         }
 
     def with_labels(self, labels: Mapping[str, Items[str]]) -> Task:
@@ -166,6 +176,8 @@ class Task:
 
     def read(self, ids: Items[int], processor: Processor) -> dict[str, Any]:
         """The outputs by name, from the ids generated for its first instruction."""
+        if processor.chat is not None:
+            ids = processor.chat.split_reasoning(list(ids), processor.tokenizer)[1]
         parts = target.split(self.instructions[0].target, ids, processor.tokenizer)
         return {slot.name: TYPES[slot.type].read(found, processor) for slot, found in parts}
 

@@ -18,6 +18,14 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
 
+class ChatSection(_Strict):
+    """What the chat template of an imported model is given; null: as the model has it."""
+
+    system: str | None = Field(None, description="system text where a task has none; empty: the template's own")
+    date: str | None = Field(None, pattern=r"^\d{4}-\d\d-\d\d$", description="the date that a template writes")
+    thinking: bool | None = Field(None, description="reason before an answer, where the template has a switch")
+
+
 class ModelSection(_Strict):
     """The initial network: a `preset` (with `sizes` changed) at random, or the model directory `path`."""
 
@@ -29,6 +37,10 @@ class ModelSection(_Strict):
     )
     codec: Path | None = Field(None, description="directory of an image codec, to generate images with")
     max_length: int | None = Field(None, ge=8, description="longest example in positions; the default is row_length")
+    prompt_format: Literal["openm6"] | None = Field(
+        None, description="ask a model that has a chat template in OpenM6's own form from now on"
+    )
+    chat: ChatSection = Field(default_factory=lambda: ChatSection(), description="settings of a chat template")
 
     @model_validator(mode="after")
     def _one_start(self) -> ModelSection:
@@ -73,6 +85,7 @@ class DataSection(SourceSection):
         0.0, ge=0, lt=1, description="fraction of the characters of input texts that are dropped or exchanged"
     )
     shots: int = Field(0, ge=0, description="largest number of other records with answers before each record")
+    turns: Literal["all", "last"] = Field("all", description="answers of a conversation that are learned")
     answers: Literal["data", "teacher"] = Field(
         "data", description="teacher: records without answers; distill.teacher answers them before the training begins"
     )

@@ -11,6 +11,7 @@ from openm6.core.errors import UsageError
 from openm6.core.files import write_whole
 from openm6.core.tokenizer import Tokenizer, common_characters
 from openm6.data.columns import SlotView, count_classes
+from openm6.data.conversations import TurnRecords
 from openm6.data.loader import Entry, Loader
 from openm6.data.overlap import find_overlap
 from openm6.data.rejects import Rejects
@@ -22,15 +23,17 @@ from openm6.inference.session import Session
 from openm6.model import ModelConfig
 from openm6.model.adapters import check_whole
 from openm6.model.files import meta_model, read_config
+from openm6.tasks.encode import asked_of
 from openm6.tasks.library import get as get_task, names as library_names
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots.label import normalize_label
 from openm6.tasks.task import Task
+from openm6.tasks.turns import keeps_turns
 from openm6.train.checkpoint import latest_checkpoint
 from openm6.train.distill import teacher_answers
 from openm6.train.distributed import Group
-from openm6.train.recipe import AnyRecipe, ModelSection, Recipe, SourceSection, TrainSection
+from openm6.train.recipe import AnyRecipe, DataSection, ModelSection, Recipe, SourceSection, TrainSection
 from openm6.weights.directory import make_processor, open_processor
 
 TOKENIZER = "tokenizer"
@@ -58,6 +61,7 @@ def build_session(recipe: Recipe, group: Group) -> Session:
             session.processor = replace(session.processor, max_length=length)
         if codec is not None:
             session.processor = replace(session.processor, codec=_fitting(codec, session, section))
+        session.processor = _asked_otherwise(session.processor, section)
         if section.sizes:  # `source` alone (ModelSection)
             session.model.config = config = replace(session.model.config, **section.sizes)
             session.processor = replace(session.processor, source=config.source)
@@ -76,6 +80,20 @@ def build_session(recipe: Recipe, group: Group) -> Session:
     length = _longest(config, section.max_length, recipe.train.row_length)
     processor = make_processor(config, tokenizer, length, codec, seen_tokens=frozenset())
     return Session(meta_model(config), processor)
+
+
+def _asked_otherwise(processor: Processor, section: ModelSection) -> Processor:
+    """The processor with the recipe's settings of a chat template, or in OpenM6's own form."""
+    settings = {name: value for name, value in section.chat.model_dump().items() if value is not None}
+    if processor.chat is None:
+        if settings or section.prompt_format:
+            raise UsageError(f"{section.path} has no chat template: leave model.chat and model.prompt_format out.")
+        return processor
+    if section.prompt_format:
+        if settings:
+            raise UsageError("model.chat belongs to a chat template, which model.prompt_format: openm6 leaves out.")
+        return replace(processor, chat=None, tokenizer=processor.tokenizer.with_ends(()))
+    return replace(processor, chat=replace(processor.chat, **settings))
 
 
 def source_notes(recipe: Recipe, session: Session) -> list[str]:
@@ -197,6 +215,7 @@ def build_entries(recipe: Recipe, session: Session, group: Group) -> tuple[list[
         source = open_section(section, rejects)
         if section.answers == "teacher" and recipe.distill:
             source = teacher_answers(source, task, section.columns, recipe.distill.teacher, recipe.output, group)
+        source = _by_turns(source, task, section, session.processor)
         classes = {} if section.stream else count_classes(task, source, section.columns)
         for slot, values in classes.items():
             if slot not in task.labels and 0 < len(values.counts) <= MAX_LABELS:
@@ -219,10 +238,23 @@ def build_entries(recipe: Recipe, session: Session, group: Group) -> tuple[list[
     return entries, rejects
 
 
+def _by_turns(source: Source, task: Task, section: DataSection, processor: Processor) -> Source:
+    """Conversations with an example for each answer, where one for all cannot be made; others unchanged."""
+    if not task.converses or (section.turns == "all" and keeps_turns(processor)):
+        return source
+    if section.stream and section.turns == "all":
+        raise UsageError(
+            f"{section.source}: this model needs an example for each answer of a conversation, whose number a streamed "
+            "source does not tell: take turns: last, or leave stream out."
+        )
+    key = SlotView.of(task, source, section.columns).mapping[task.converses]
+    return Source(source.name, TurnRecords(source, key, section.turns), source.rejected)
+
+
 def _task(name: str, session: Session) -> Task:
     """The task of this name: the library's, or one that only the model has."""
     own = name in session.tasks and name not in library_names()
-    return session.tasks[name] if own else get_task(name)
+    return asked_of(session.tasks[name] if own else get_task(name), session.processor)
 
 
 def check_evaluation(recipe: Recipe, session: Session) -> None:

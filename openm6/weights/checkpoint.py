@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openm6.core.errors import OpenM6Error
 from openm6.model.config import ModelConfig
+from openm6.weights.chat_files import CheckpointChat
 from openm6.weights.families import Part, tensors
 
 
@@ -52,6 +53,7 @@ class Checkpoint:
     find     the stored tensor of one of transformers' names
     fast     its tokenizer
     origin   its name and licence (origin.py)
+    chat     how it is asked, by its tokenizer (chat_files.py); None: it has no chat template
     """
 
     source: Path
@@ -59,6 +61,7 @@ class Checkpoint:
     find: Callable[[Part], Stored]
     fast: Callable[[], tokenizers.Tokenizer]
     origin: dict[str, str]
+    chat: Callable[[tokenizers.Tokenizer], CheckpointChat | None]
 
 
 def check_tensors(source: Path, config: ModelConfig, names: Iterable[str], find: Callable[[Part], Stored]) -> None:

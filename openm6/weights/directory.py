@@ -3,6 +3,7 @@
     config.json, model.safetensors      the network, as transformers saves it
     tokenizer.json, tokenizer_config.json
     codec/                              the image codec of a model that generates images
+    chat_template.jinja                 the chat template of an imported model, if it is asked by one
     openm6.json                         settings of the processor, the tasks of the training, the licence of an import
     recipe.yaml                         the recipe of the training, if any
 
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from openm6.core.bases import base_of
-from openm6.core.errors import UsageError
+from openm6.core.errors import OpenM6Error, UsageError
 from openm6.core.images import ImageGrid
 from openm6.core.tokenizer import Tokenizer
 from openm6.model import M6, ModelConfig
@@ -29,10 +30,12 @@ from openm6.model.changed import Active
 from openm6.model.cpu.pack import pack_for_cpu
 from openm6.model.files import check_model, load_model, meta_model, read_config
 from openm6.model.precision import fast_dtype
-from openm6.tasks.card import read_card, read_origin, read_seen_tokens, write_card
+from openm6.tasks.card import read_card, read_chat_settings, read_origin, read_seen_tokens, write_card
+from openm6.tasks.chat import ChatFormat
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
+from openm6.weights.chat_files import load_template, write_chat
 
 CODEC = "codec"
 """Folder of the image codec of a model that generates images."""
@@ -77,17 +80,23 @@ def open_processor(path: Path) -> tuple[Processor, list[Task]]:
     place = base_of(path) or path
     codec = PictureCodec.load(place / CODEC) if (place / CODEC).is_dir() else None
     seen = read_seen_tokens(path)
-    made = make_processor(read_config(place), Tokenizer.load(place), length, codec, prompt, seen, read_origin(path))
-    return made, tasks
+    settings, chat = read_chat_settings(path), None
+    if settings is not None:
+        try:
+            chat = ChatFormat(load_template(place), **settings)
+        except TypeError:
+            raise OpenM6Error(f"{path} is damaged: its openm6.json has other settings of a chat form.") from None
+    tokenizer, origin = Tokenizer.load(place), read_origin(path)
+    return make_processor(read_config(place), tokenizer, length, codec, prompt, seen, origin, chat), tasks
 
 
 def make_processor(
     config: ModelConfig, tokenizer: Tokenizer, max_length: int, codec: PictureCodec | None = None, prompt: int = 0,
-    seen_tokens: frozenset[int] | None = None, origin: dict[str, str] | None = None,
+    seen_tokens: frozenset[int] | None = None, origin: dict[str, str] | None = None, chat: ChatFormat | None = None,
 ) -> Processor:  # fmt: skip
     """The processor of a network of this configuration."""
     grid = ImageGrid(config.image_stride, config.image_max_patches)
-    return Processor(tokenizer, grid, max_length, codec, prompt, seen_tokens, config.source, origin)
+    return Processor(tokenizer, grid, max_length, codec, prompt, seen_tokens, config.source, origin, chat)
 
 
 def describe(path: Path, model: M6, processor: Processor, tasks: Iterable[Task], adapter: Any = None) -> None:
@@ -101,6 +110,8 @@ def describe(path: Path, model: M6, processor: Processor, tasks: Iterable[Task],
         processor.tokenizer.save(path)
         if processor.codec is not None:
             processor.codec.save(path / CODEC)
+        if processor.chat is not None:
+            write_chat(path, processor.chat)
     write_card(path, processor, tasks)
 
 

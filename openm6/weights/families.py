@@ -149,7 +149,8 @@ def model_config(theirs: Mapping[str, Any], file: Path) -> ModelConfig:
 
 
 def checked_config(values: Mapping[str, Any], file: Path) -> ModelConfig:
-    """A ModelConfig with a causal source, as such checkpoints were trained, and without image encoder. Raises UsageError, with the file, for values that do not fit."""
+    """A ModelConfig without image encoder, with a causal source, as such checkpoints were trained. Raises UsageError,
+    with the file, for values that do not fit."""
     try:
         return ModelConfig(image_embedder="none", source="causal", **values)
     except UsageError as error:

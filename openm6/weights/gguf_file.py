@@ -25,6 +25,7 @@ from openm6.core.errors import OpenM6Error, UsageError, cut
 from openm6.core.extras import require
 from openm6.model.config import ModelConfig
 from openm6.model.rotary import llama3_factors
+from openm6.weights.chat_files import gguf_chat
 from openm6.weights.checkpoint import Checkpoint, Stored, check_tensors
 from openm6.weights.families import EXPERT_KEYS, FAMILIES, Part, checked_config
 from openm6.weights.gguf_tokenizer import gguf_tokenizer
@@ -81,7 +82,14 @@ def open_gguf(path: Path) -> Checkpoint:
     config = _config(path, architecture, fields, stored)
     find = _finder(path, architecture, config, stored)
     check_tensors(path, config, (name for name in stored if name != FACTORS), find)
-    return Checkpoint(path, config, find, lambda: gguf_tokenizer(fields, path), gguf_origin(fields, path))
+    return Checkpoint(
+        path,
+        config,
+        find,
+        lambda: gguf_tokenizer(fields, path),
+        gguf_origin(fields, path),
+        lambda fast: gguf_chat(path, fields, fast),
+    )
 
 
 def _refusal(path: Path, key: str, value: Any, reason: str) -> UsageError:

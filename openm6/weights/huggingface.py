@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +12,11 @@ import torch
 from openm6.core.errors import OpenM6Error, UsageError
 from openm6.core.tokenizer import open_fast
 from openm6.model.files import open_tensors, weight_files
+from openm6.weights.chat_files import json_of, read_chat
 from openm6.weights.checkpoint import Checkpoint, Stored, check_tensors
 from openm6.weights.families import Part, model_config
 from openm6.weights.origin import read_origin
 
-JSON_LIMIT = 64 * 2**20
-"""Bytes of a JSON file of a checkpoint, at most."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -29,7 +27,7 @@ def open_huggingface(path: Path) -> Checkpoint:
         if files := sorted(path.glob("*.gguf")):
             raise UsageError(f"{path} has no config.json, but GGUF files: import one of them, such as {files[0]}.")
         raise UsageError(f"{path} has no config.json: give the directory of a Hugging Face checkpoint.")
-    config = model_config(_json_of(path / "config.json"), path / "config.json")
+    config = model_config(json_of(path / "config.json"), path / "config.json")
     if not any(path.glob("*.safetensors*")) and (pickled := [f for f in path.iterdir() if f.suffix in PICKLED]):
         raise is_pickled(min(pickled))
     stored = _stored(path)
@@ -47,16 +45,9 @@ def open_huggingface(path: Path) -> Checkpoint:
         raise UsageError(
             f"{path / 'config.json'}: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight."
         )
-    return Checkpoint(path, config, find, lambda: open_fast(path), read_origin(path))
-
-
-def _json_of(file: Path) -> dict[str, Any]:
-    if file.stat().st_size > JSON_LIMIT:
-        raise OpenM6Error(f"{file} has more than {JSON_LIMIT // 2**20} MiB.")
-    try:
-        return dict(json.loads(file.read_text("utf-8")))
-    except (ValueError, TypeError, RecursionError):
-        raise OpenM6Error(f"{file} is not valid JSON.") from None
+    return Checkpoint(
+        path, config, find, lambda: open_fast(path), read_origin(path), lambda fast: read_chat(path, fast)
+    )
 
 
 def _stored(path: Path) -> dict[str, Stored]:

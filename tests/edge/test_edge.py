@@ -36,6 +36,7 @@ from openm6.tasks.processor import Processor
 from openm6.weights.directory import make_processor
 from tests.conftest import EXPERTS, LLAMA3, YARN, drawing_session, example, tiny_config, tiny_model
 from tests.edge.conftest import ASKED, ExactSession
+from tests.tasks.conftest import picture
 
 pytestmark = pytest.mark.slow
 

@@ -70,7 +70,7 @@ def test_cached_batched_greedy_equals_the_uncached_loop(parts: list, changes: di
     model = tiny_model(**changes)
     rng = np.random.default_rng(0)
     prompts = [prompt(rng, source, pictures, read) for source, pictures in parts]
-    answers = generate(model, prompts, END, Decoding(max_new_tokens=8), batch_size=3)
+    answers = generate(model, prompts, [END], Decoding(max_new_tokens=8), batch_size=3)
     for sequence, answer in zip(prompts, answers, strict=True):
         assert answer.ids == slow_greedy(model, sequence, 8)
         assert answer.finished == (len(answer.ids) < 8)
@@ -106,7 +106,7 @@ def test_a_causal_prompt_may_be_read_in_parts(length: int, data: st.DataObject) 
 def test_score_is_the_log_probability_of_the_answer() -> None:
     model = tiny_model()
     sequence = prompt(np.random.default_rng(1), 4)
-    answer = generate(model, [sequence], END, Decoding(max_new_tokens=6))[0]
+    answer = generate(model, [sequence], [END], Decoding(max_new_tokens=6))[0]
     ids = [*answer.ids, END] if answer.finished else answer.ids
     expected = sum(float(next_log_probs(model, sequence, ids[:i])[token]) for i, token in enumerate(ids))
     assert answer.score == pytest.approx(expected, abs=1e-4)
@@ -130,7 +130,7 @@ def test_weights_laid_out_for_the_cpu_give_the_scores_of_fp32(
     packed = pack_for_cpu(copy.deepcopy(model), dtype)
     rng = np.random.default_rng(4)
     prompts = [prompt(rng, source, ((1, 2),)) for source in (1, 4, 4, 9)]
-    answers = [*generate(packed, prompts, END, Decoding(6)), *generate(packed, prompts[1:3], END, Decoding(6))]
+    answers = [*generate(packed, prompts, [END], Decoding(6)), *generate(packed, prompts[1:3], [END], Decoding(6))]
     for p, answer in zip([*prompts, *prompts[1:3]], answers, strict=True):
         ids = answer.ids + ([END] if answer.finished else [])
         expected = sum(float(next_log_probs(model, p, ids[:i])[token]) for i, token in enumerate(ids))
@@ -142,16 +142,16 @@ def test_sampled_answers_do_not_depend_on_the_batch() -> None:
     rng = np.random.default_rng(2)
     prompts = [prompt(rng, n) for n in (2, 5, 3, 7)]
     options = Decoding(max_new_tokens=10, temperature=1.0, top_p=0.9, seed=3)
-    together = [a.ids for a in generate(model, prompts, END, options)]
-    assert together == [a.ids for a in generate(model, prompts, END, options, batch_size=1)]
-    assert together != [a.ids for a in generate(model, prompts, END, Decoding(10, 1.0, top_p=0.9, seed=4))]
+    together = [a.ids for a in generate(model, prompts, [END], options)]
+    assert together == [a.ids for a in generate(model, prompts, [END], options, batch_size=1)]
+    assert together != [a.ids for a in generate(model, prompts, [END], Decoding(10, 1.0, top_p=0.9, seed=4))]
 
 
 def test_streamed_tokens_are_the_generated_ones() -> None:
     model = tiny_model()
     sequence = prompt(np.random.default_rng(3), 5)
     for options in (Decoding(max_new_tokens=9), Decoding(max_new_tokens=9, temperature=1.0, seed=1)):
-        assert list(stream(model, sequence, END, options)) == generate(model, [sequence], END, options)[0].ids
+        assert list(stream(model, sequence, [END], options)) == generate(model, [sequence], [END], options)[0].ids
 
 
 def test_wide_beam_finds_the_best_of_all_sequences() -> None:
@@ -169,7 +169,7 @@ def test_wide_beam_finds_the_best_of_all_sequences() -> None:
             score = sum(float(next_log_probs(model, sequence, ended[:i])[t]) for i, t in enumerate(ended))
             if score / len(ended) > best_score:
                 best, best_score = list(tokens), score / len(ended)
-    answer = generate(model, [sequence, sequence], END, Decoding(max_new_tokens=longest, num_beams=216))
+    answer = generate(model, [sequence, sequence], [END], Decoding(max_new_tokens=longest, num_beams=216))
     assert answer[0].ids == answer[1].ids == best
     assert answer[0].score == pytest.approx(best_score * (len(best) + answer[0].finished), abs=1e-4)
 
@@ -178,8 +178,8 @@ def test_one_beam_is_greedy_and_more_beams_score_no_worse() -> None:
     model = tiny_model()
     rng = np.random.default_rng(5)
     prompts = [prompt(rng, n) for n in (2, 6, 4)]
-    greedy = generate(model, prompts, END, Decoding(max_new_tokens=6, length_penalty=0.0))
-    beams = generate(model, prompts, END, Decoding(max_new_tokens=6, num_beams=8, length_penalty=0.0))
+    greedy = generate(model, prompts, [END], Decoding(max_new_tokens=6, length_penalty=0.0))
+    beams = generate(model, prompts, [END], Decoding(max_new_tokens=6, num_beams=8, length_penalty=0.0))
     for a, b in zip(greedy, beams, strict=True):
         assert b.score >= a.score - 1e-4
 
@@ -199,10 +199,10 @@ def test_constrained_answers_are_allowed_ones(options: Decoding) -> None:
     rng, model = np.random.default_rng(6), tiny_model()
     prompts = [prompt(rng, n) for n in (1, 4, 6)]
     prompts[0].target = prompts[2].target = TextTarget(Only())
-    found = generate(model, prompts, END, options)
+    found = generate(model, prompts, [END], options)
     for answer in (found[0], found[2]):
         assert answer.ids in list(Only.answers) and answer.finished
-    free = generate(model, prompts[1:2], END, options)[0]
+    free = generate(model, prompts[1:2], [END], options)[0]
     if options.temperature == 0:  # what is drawn depends on the place in the call
         assert found[1].ids == free.ids
 
@@ -233,7 +233,7 @@ def test_bad_options_are_named() -> None:
     with pytest.raises(UsageError, match="num_beams and temperature exclude"):
         Decoding(num_beams=2, temperature=1.0)
     with pytest.raises(UsageError, match="cannot stream"):
-        list(stream(tiny_model(), prompt(np.random.default_rng(0), 2), END, Decoding(num_beams=2)))
+        list(stream(tiny_model(), prompt(np.random.default_rng(0), 2), [END], Decoding(num_beams=2)))
 
 
 @given(st.lists(st.integers(0, 9), max_size=14), st.floats(0.5, 2), st.integers(0, 4))
@@ -254,7 +254,7 @@ def test_no_n_gram_occurs_twice_and_penalized_tokens_less_often(more: dict) -> N
     rng, model = np.random.default_rng(3), tiny_model()
     prompts = [prompt(rng, n) for n in (2, 5, 9)]
     free, held = (
-        generate(model, prompts, END, Decoding(30, **more, **options))
+        generate(model, prompts, [END], Decoding(30, **more, **options))
         for options in ({}, {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3})
     )
     assert any(len(set(itertools.pairwise(one.ids))) < len(one.ids) - 1 for one in free)
@@ -269,7 +269,7 @@ def test_a_constraint_goes_before_an_n_gram() -> None:
     asked = prompt(np.random.default_rng(0), 4)
     asked.target = TextTarget(Twice())
     for options in (Decoding(8, no_repeat_ngram_size=1), Decoding(8, no_repeat_ngram_size=1, num_beams=2)):
-        found = generate(tiny_model(), [asked], END, options)[0]
+        found = generate(tiny_model(), [asked], [END], options)[0]
         assert found.ids == [7, 7, 7] and math.isfinite(found.score)
 
 
@@ -298,11 +298,11 @@ def test_length_penalties_do_not_overflow() -> None:
         Decoding(num_beams=2, length_penalty=1e30)
     prompts = [prompt(np.random.default_rng(0), 4)]
     for penalty in (-10, 10):
-        found = generate(tiny_model(), prompts, END, Decoding(6, num_beams=3, length_penalty=penalty))
+        found = generate(tiny_model(), prompts, [END], Decoding(6, num_beams=3, length_penalty=penalty))
         assert math.isfinite(found[0].score)
 
 
 def test_learned_positions_have_an_end() -> None:
     model = tiny_model(positions="learned", max_position_embeddings=10)
     with pytest.raises(UsageError, match="more than the model's 10 positions"):
-        generate(model, [prompt(np.random.default_rng(0), 6)], END, Decoding(max_new_tokens=8))
+        generate(model, [prompt(np.random.default_rng(0), 6)], [END], Decoding(max_new_tokens=8))

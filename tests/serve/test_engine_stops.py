@@ -105,7 +105,7 @@ def test_beams_say_whether_they_came_to_an_end(session: Session) -> None:
     for most in (1, 2, 4, 8, 32):
         decoding = {"num_beams": 3, "max_new_tokens": most}
         with session.precision():
-            ended[str(most)] = generate(session.model, [prompt], tokenizer.end_id, Decoding.of(**decoding))[0].finished
+            ended[str(most)] = generate(session.model, [prompt], tokenizer.end_ids, Decoding.of(**decoding))[0].finished
         watched.ask(str(most), "write", text="红色", decoding=decoding)
     whole = session.run("write", decoding={"num_beams": 3, "max_new_tokens": 2}, text="红色")
     watched.ask("stopped", "write", text="红色", decoding={"num_beams": 3, "max_new_tokens": 2}, stop=[whole[-1:]])

@@ -1,15 +1,25 @@
 """Where everything stands in a Sequence, and what gives way when it is too long."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
 from openm6.core.errors import ContextLengthError, DataError
 from openm6.core.images import ImageGrid
-from openm6.core.sequence import CAUSAL, IGNORE, SOURCE
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Sequence
 from openm6.core.tokenizer import Tokenizer
-from openm6.tasks.layout import Piece, lay_out
+from openm6.tasks import layout
+from openm6.tasks.piece import Piece
 from openm6.tasks.processor import Processor
+
+
+def lay_out(
+    pieces: list[Piece], target: list[int] | None, processor: Processor, *more: Any, **options: Any
+) -> Sequence:
+    """After the mark of OpenM6's own form."""
+    return layout.lay_out([*pieces, Piece((processor.tokenizer.answer_id,))], target, processor, *more, **options)
 
 
 def limited(tokenizer: Tokenizer, length: int) -> Processor:

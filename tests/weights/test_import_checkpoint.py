@@ -136,7 +136,9 @@ def test_a_task_is_read_as_transformers_reads_its_ids(
     known = one.ids < VOCABULARY
     ids = torch.from_numpy(np.where(known, one.ids, 0))[None].long()
     rows = ours.model.embed.weight[torch.from_numpy(one.ids).long()][None]
-    expected = theirs(inputs_embeds=torch.where(torch.from_numpy(known)[None, :, None], theirs.model.embed_tokens(ids), rows))
+    expected = theirs(
+        inputs_embeds=torch.where(torch.from_numpy(known)[None, :, None], theirs.model.embed_tokens(ids), rows)
+    )
     logits = ours.model.logits(ours.model(pad([one], 0)).hidden)[0, :, :VOCABULARY]
     torch.testing.assert_close(logits, expected.logits[0], atol=1e-4, rtol=1e-4)
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 
 from openm6.core.errors import UsageError
-from openm6.tasks.layout import Piece
+from openm6.tasks.piece import Piece
 from openm6.tasks.processor import Processor
-from openm6.tasks.slots import box, image, label, table, text, triples
+from openm6.tasks.slots import box, image, label, messages, table, text, triples
 
 
 class SlotType(Protocol):
@@ -46,4 +46,5 @@ VECTOR = OutputSlot("a vector", lambda: {"type": "array", "items": {"type": "num
 
 TYPES: dict[str, SlotType] = {
     "text": text, "image": image, "label": label, "table": table, "triples": triples, "box": box, "vector": VECTOR,
+    "messages": messages,
 }  # fmt: skip

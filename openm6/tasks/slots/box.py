@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from openm6.core.errors import DataError
-from openm6.tasks.layout import Piece
+from openm6.tasks.piece import Piece
 from openm6.tasks.processor import Processor
-from openm6.tasks.slots.text import from_json
+from openm6.tasks.slots.text import from_json, spoken
 
 DIGITS = 8
 _FORM = "has to be a box: [left, top, right, bottom] as fractions of the picture from 0 to 1."
@@ -20,12 +20,16 @@ def schema() -> dict[str, Any]:
 
 
 def source(value: Any, processor: Processor) -> Piece:
-    return Piece(target(value, processor))
+    return spoken(_digits(value), processor)
 
 
 def target(value: Any, processor: Processor) -> Sequence[int]:
     """Encode four fractions, or JSON of them."""
-    return processor.tokenizer.encode("".join(f"{min(99, round(100 * place)):02d}" for place in as_box(value)))
+    return processor.tokenizer.encode(_digits(value))
+
+
+def _digits(value: Any) -> str:
+    return "".join(f"{min(99, round(100 * place)):02d}" for place in as_box(value))
 
 
 def read(ids: Sequence[int], processor: Processor) -> list[float]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from openm6.core.errors import DataError, UsageError
 from openm6.core.images import Features
-from openm6.tasks.layout import Piece
+from openm6.tasks.piece import Piece
 from openm6.tasks.processor import Processor
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from openm6.core.errors import DataError
-from openm6.tasks.layout import Piece
+from openm6.tasks.piece import Piece
 from openm6.tasks.processor import Processor
-from openm6.tasks.slots.text import as_text, read, schema
+from openm6.tasks.slots.text import as_text, read, schema, spoken
 
 __all__ = ["normalize_label", "read", "schema", "source", "target"]
 
@@ -19,11 +19,17 @@ def normalize_label(text: str) -> str:
 
 
 def source(value: Any, processor: Processor) -> Piece:
+    if processor.chat:
+        return spoken(_label(value), processor)
     return Piece(target(value, processor))
 
 
 def target(value: Any, processor: Processor) -> Sequence[int]:
+    return processor.tokenizer.encode_often(_label(value))
+
+
+def _label(value: Any) -> str:
     label = normalize_label(as_text(value))
     if not label:
         raise DataError("is empty.")
-    return processor.tokenizer.encode_often(label)
+    return label

@@ -2,15 +2,17 @@
 
     <|table|> <|row|> 品类 <|cell|> 连衣裙 <|cell|> 颜色 <|cell|> 红色 <|row|> ... <|/table|>
 
-Each cell is the name of its column and its value; rows may have different columns."""
+Each cell is the name of its column and its value; rows may have different columns. A model with a chat template reads
+and writes JSON."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from openm6.core.errors import DataError
-from openm6.tasks.layout import Piece
+from openm6.tasks.piece import Piece
 from openm6.tasks.processor import Processor
-from openm6.tasks.slots.text import from_json
+from openm6.tasks.slots.text import find_json, from_json, spoken
 
 
 def schema() -> dict[str, Any]:
@@ -19,12 +21,16 @@ def schema() -> dict[str, Any]:
 
 
 def source(value: Any, processor: Processor) -> Piece:
+    if processor.chat:
+        return spoken(_json(value), processor)
     return Piece(target(value, processor))
 
 
 def target(value: Any, processor: Processor) -> list[int]:
     """Encode one row (a mapping), several (a list of them), or either as JSON text. A cell of None is left out."""
     tokenizer = processor.tokenizer
+    if processor.chat:
+        return tokenizer.encode(_json(value))
     ids = [tokenizer.table_id]
     for row in _rows(value):
         mark = tokenizer.row_id
@@ -41,6 +47,11 @@ def target(value: Any, processor: Processor) -> list[int]:
 def read(ids: Sequence[int], processor: Processor) -> list[dict[str, str]]:
     """The rows; a name without a value has an empty one."""
     tokenizer = processor.tokenizer
+    if processor.chat:
+        try:
+            return [{str(name): str(cell) for name, cell in row.items()} for row in _rows(find_json(ids, processor))]
+        except DataError:
+            return []
     inside = [i for i in ids if i not in (tokenizer.table_id, tokenizer.table_end_id)]
     rows = []
     for row in split(inside, tokenizer.row_id)[1:]:
@@ -77,6 +88,14 @@ def _rows(value: Any) -> list[Mapping[str, Any]]:
     if not isinstance(rows, (list, tuple)) or not all(isinstance(row, Mapping) for row in rows):
         raise DataError('has to be a table: {"name": value, ...}, or a list of such rows.')
     return list(rows)
+
+
+def _json(value: Any) -> str:
+    """One row as a JSON object, several as an array of them: the form in which a chat model has seen tables."""
+    rows = [{str(name): _cell(cell) for name, cell in row.items() if cell is not None} for row in _rows(value)]
+    if not any(rows):
+        raise DataError("is a table without cells.")
+    return json.dumps(rows if len(rows) > 1 else rows[0], ensure_ascii=False)
 
 
 def _cell(value: Any) -> str:

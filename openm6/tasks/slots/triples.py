@@ -2,14 +2,15 @@
 
 <|table|> <|row|> 云帆连衣裙 <|cell|> 颜色 <|cell|> 红色 <|row|> ... <|/table|>"""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from openm6.core.errors import DataError
-from openm6.tasks.layout import Piece
+from openm6.tasks.piece import Piece
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots.table import split
-from openm6.tasks.slots.text import from_json
+from openm6.tasks.slots.text import find_json, from_json, spoken
 
 
 def schema() -> dict[str, Any]:
@@ -18,12 +19,16 @@ def schema() -> dict[str, Any]:
 
 
 def source(value: Any, processor: Processor) -> Piece:
+    if processor.chat:
+        return spoken(_json(value), processor)
     return Piece(target(value, processor))
 
 
 def target(value: Any, processor: Processor) -> list[int]:
     """Encode a list of three texts or numbers each, or its JSON."""
     tokenizer = processor.tokenizer
+    if processor.chat:
+        return tokenizer.encode(_json(value))
     ids = [tokenizer.table_id]
     for subject, relation, thing in as_triples(value):
         ids += (tokenizer.row_id, *tokenizer.encode(subject), tokenizer.cell_id, *tokenizer.encode_often(relation))
@@ -34,6 +39,11 @@ def target(value: Any, processor: Processor) -> list[int]:
 def read(ids: Sequence[int], processor: Processor) -> list[list[str]]:
     """The triples; rows of other than three parts are left out."""
     tokenizer = processor.tokenizer
+    if processor.chat:
+        try:
+            return [list(triple) for triple in as_triples(find_json(ids, processor))]
+        except DataError:
+            return []
     inside = [i for i in ids if i not in (tokenizer.table_id, tokenizer.table_end_id)]
     rows = [
         [tokenizer.decode(part) for part in split(row, tokenizer.cell_id)] for row in split(inside, tokenizer.row_id)
@@ -53,3 +63,7 @@ def as_triples(value: Any) -> list[tuple[str, str, str]]:
     if not fits:
         raise DataError("has to be triples: [[subject, relation, object], ...], of texts or numbers.")
     return [(str(a), str(b), str(c)) for a, b, c in value]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(as_triples(value), ensure_ascii=False)
