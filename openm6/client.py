@@ -76,11 +76,13 @@ class _Requests(Generic[AnswerT, CandidatesT, ListT]):
 
     def run(
         self, task: str, *, decoding: Record | None = None, adapter: str | None = None,
-        examples: Iterable[Record] = (), truncate: str | None = None, **slots: Any,
+        examples: Iterable[Record] = (), truncate: str | None = None, system: str | None = None,
+        thinking: bool | None = None, **slots: Any,
     ) -> AnswerT:  # fmt: skip
         """One answer, as `Session.run` returns it: a text, an image (PIL), a vector (numpy), or a dict of several.
-        `truncate` as there, with a warning. Errors have the server's code."""
-        asking = self._ask(task, slots, decoding, adapter, examples, truncate=truncate)
+        `truncate`, `system` and `thinking` as there. Errors have the server's code."""
+        more = {"truncate": truncate, "system": system, "thinking": thinking}
+        asking = self._ask(task, slots, decoding, adapter, examples, **more)
         return self._result(self._read(task, asking))  # type: ignore[no-any-return]
 
     def draw(

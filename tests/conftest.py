@@ -7,7 +7,7 @@ import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -142,3 +142,14 @@ def full_disk(size: int = 0) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class ExactSession(Session):
+    """A session that computes in fp32, as an ONNX bundle and transformers do, on a machine with bf16 units too."""
+
+    def precision(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+def exact(session: Session) -> ExactSession:
+    return ExactSession(session.model, session.processor, session.tasks.values(), session.path)

@@ -274,6 +274,10 @@ def run(
     output: Annotated[Path, typer.Option(help="Output file of a task that draws.")] = Path("picture.png"),
     examples: Annotated[str | None, typer.Option(help="Few-shot examples: data with inputs and answers.")] = None,
     truncate: options.Truncate = None,
+    system: Annotated[str | None, typer.Option(help="Text before all (a chat template's system role).")] = None,
+    thinking: Annotated[
+        bool | None, typer.Option("--thinking/--no-thinking", help="Reason before the answer, where the model can.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Answer one request: `openm6 run runs/demo/model vqa photo=a.jpg question=这是什么商品?`"""
@@ -298,7 +302,8 @@ def run(
     if examples:
         records = open_source(examples)
         shown = [SlotView.of(chosen, records)(record) for record in records]
-    answer, beside = session.run(task, decoding=decoding, examples=shown, truncate=truncate, **asked), {}
+    more: dict[str, Any] = {"truncate": truncate, "system": system, "thinking": thinking}
+    answer, beside = session.run(task, decoding=decoding, examples=shown, **more, **asked), {}
     result = mode_of(chosen).result
     if result == "picture":
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -310,7 +315,7 @@ def run(
         answer = [round(float(number), 6) for number in answer]
     if json:
         fields = {"task": task, "answer": answer, "trained": session.is_trained_on(chosen), **beside}
-        request = Request(asked, shown, truncate=truncate)
+        request = Request(asked, shown, **more)
         if truncate:
             fields["truncated"] = session.prompt(chosen, request).truncated
         if closed_labels(chosen):

@@ -13,6 +13,9 @@ CACHE = "OPENM6_CACHE"
 NO_CACHE = "OPENM6_NO_CACHE"
 """If set, files are read again and their records kept only until the program ends."""
 
+DTYPE = "OPENM6_DTYPE"
+"""float32: compute in fp32 on machines with units for bf16, too."""
+
 HOME = "OPENM6_HOME"
 """Folder of jobs; by default ~/.local/share/openm6."""
 

@@ -150,7 +150,8 @@ def map_columns(
         if key is None:
             raise UsageError(
                 f"The task {task.name} needs conversations, and the data's columns ({_listed(columns)}) hold none: "
-                "messages (OpenAI), conversations (ShareGPT, LLaVA), instruction with output (Alpaca), or query with response."
+                "messages (OpenAI), conversations (ShareGPT, LLaVA), instruction with output (Alpaca), or query with "
+                "response."
             )
         return {**mapping, talk: key}
     choice.take(lambda slot, kind: [c for c in columns if c == slot], ranked=True)

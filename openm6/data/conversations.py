@@ -143,7 +143,7 @@ def _of_pairs(record: Record, key: str, answer: str) -> list[dict[str, Any]]:
 
 
 def _with_pictures(messages: list[dict[str, Any]], record: Record) -> list[dict[str, Any]]:
-    given = next((record[name] for name in _PICTURES if record.get(name)), [])
+    given: Any = next((record[name] for name in _PICTURES if record.get(name)), [])
     pictures = given if isinstance(given, list) else [given]
     marks = sum(len(_MARK.findall(m["content"])) for m in messages if isinstance(m["content"], str))
     if not pictures:

@@ -19,10 +19,11 @@ from openm6.core.sequence import Sequence
 from openm6.inference.decoding import Decoding, Generated, check_room
 from openm6.inference.permitted import permitted
 from openm6.inference.pieces import Pieces
-from openm6.inference.request import Answer, Context, Mode, Prepared, text_options
+from openm6.inference.request import Answer, Context, Mode, Prepared, Request, text_options
 from openm6.inference.steps import Steps, complete, in_batches, in_context
 from openm6.model import M6
 from openm6.model.cache import prefill, step
+from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 
 
@@ -184,8 +185,14 @@ def read_text(context: Context, task: Task, generated: Generated) -> Answer:
     return Answer(task.value(generated.ids, processor), generated.finished, reasoning=reasoning)
 
 
+def pieces_of(processor: Processor, request: Request) -> Pieces:
+    """The pieces of a request's text; its reasoning, if any, apart."""
+    is_thinking = processor.chat is not None and processor.chat.is_thinking(request.thinking)
+    return Pieces(processor.tokenizer, processor.chat if is_thinking else None)
+
+
 def _pieces(context: Context, task: Task, item: Prepared) -> Iterator[str]:
-    pieces = Pieces(context.processor.tokenizer)
+    pieces = pieces_of(context.processor, item.request)
     tokens = stream(context.model, item.prompt, context.processor.tokenizer.end_ids, item.options)
     for token in in_context(context.precision, tokens):
         if piece := pieces.add(token):

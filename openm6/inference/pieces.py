@@ -5,22 +5,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from openm6.core.tokenizer import Tokenizer
+from openm6.tasks.chat import ChatFormat
+
+MARK = 16
+"""Tokens that the end of a model's reasoning takes, at most."""
 
 
 class Pieces:
     """Decodes text token by token: `add` returns the text that has become certain, `rest` the remainder at the end.
 
-    A character of several tokens comes with the last of them.
+    A character of several tokens comes with the last of them. With a `chat` format the text begins with reasoning,
+    whose pieces `add` leaves in `thought`, returning "".
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, chat: ChatFormat | None = None):
+        self._tokenizer, self._chat, self._is_blank = tokenizer, chat, chat is not None
         self.ids: list[int] = []
+        self.thought = ""
         self._start = self._stop = 0  # tokens of the last piece, which are decoded again as context of the next one
 
     def add(self, token: int) -> str:
         self.ids.append(token)
-        return "" if self._tokenizer.begun(self.ids) else self.rest()
+        self.thought = ""
+        if self._tokenizer.begun(self.ids):
+            return ""
+        if self._chat is not None:
+            if self._chat.answer_start(self.ids[-MARK:], self._tokenizer) is None:
+                self.thought = self._chat.without_marks(self.rest())
+                return ""
+            self._chat, self._start, self._stop = None, len(self.ids), len(self.ids)
+            return ""
+        piece = self.rest()
+        if self._is_blank:  # between the reasoning and the answer
+            piece = piece.lstrip()
+            self._is_blank = not piece
+        return piece
 
     def rest(self) -> str:
         context = self._tokenizer.decode(self.ids[self._start : self._stop])

@@ -26,7 +26,7 @@ from openm6.serve.hub_api import add_hub
 from openm6.serve.listen import Lag
 from openm6.serve.meter import Charge
 from openm6.serve.openai_api import add_routes
-from openm6.serve.server import AT_ONCE, Manager, Options, Server, TaskRequest, User, left_out
+from openm6.serve.server import AT_ONCE, Manager, Options, Server, TaskRequest, User, left_out, reasoning_of
 from openm6.serve.wire import Place
 
 
@@ -218,7 +218,8 @@ def _answer(found: Mapping[str, Any], task: Mapping[str, Any], message: Mapping[
         answer = {outputs[0]: value[0]["image"], "candidates": value}
         more["uncertain"] = value[0]["uncertain"]
     usage = {"prompt_tokens": found["prompt_tokens"], "completion_tokens": found["tokens"]}
-    return {"outputs": answer, "finished": found["finished"], "usage": usage, **more, **left_out(found)}
+    more |= left_out(found) | reasoning_of(found)
+    return {"outputs": answer, "finished": found["finished"], "usage": usage, **more}
 
 
 def outgoing(value: Any) -> Any:
@@ -237,6 +238,8 @@ async def _told_in_pieces(
 ) -> AsyncIterator[dict[str, Any]]:
     async with aclosing(server.answer(charge, deployment, message)) as events:
         async for event in events:
+            if "value" not in event and event.get("reasoning"):
+                yield reasoning_of(event)
             if event.get("piece"):
                 yield {"piece": event["piece"]}
             if "value" in event:

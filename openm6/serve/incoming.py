@@ -183,6 +183,8 @@ def record_of(
             if kind == "image":
                 features = Features.of(value)
                 value = pictures.read(value) if features is None else features.mapping()
+            elif kind == "messages":
+                value = _messages(value, pictures, None if truncate else positions)
             else:
                 check_value(value, None if truncate and kind == "text" else positions)
         except DataError as error:
@@ -191,6 +193,41 @@ def record_of(
             raise DataError(f"{name} has to be a text, not {type(value).__name__}.", param=name)
         record[name] = value
     return record
+
+
+def pictures_in(value: Any) -> list[Any]:
+    """The pictures in the messages of a request, as they were sent."""
+    messages = value if isinstance(value, list) else []
+    contents = [one.get("content") for one in messages if isinstance(one, Mapping)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [picture for part in parts if (picture := _picture_of(part)) is not None]
+
+
+def _picture_of(part: Any) -> Any:
+    """The picture of a part of a message; None for one without."""
+    if not isinstance(part, Mapping):
+        return None
+    return part.get("image_url", part.get("image"))
+
+
+def _messages(value: Any, pictures: Pictures, positions: int | None) -> Any:
+    """The messages with pictures read as those of slots are, so that none is a path. Raises as `record_of`."""
+    if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
+        raise DataError('has to be messages: [{"role": "user", "content": "..."}, ...].')
+    found = []
+    for message in value:
+        content = message.get("content")
+        if isinstance(content, list):
+            content = [
+                part if _picture_of(part) is None else {"type": "image", "image": pictures.read(_picture_of(part))}
+                for part in content
+            ]
+            texts = [part for part in content if not isinstance(part, Mapping) or part.get("type") != "image"]
+        else:
+            texts = [content or ""]
+        found.append({**message, "content": content})
+        check_value([{**message, "content": None}, *texts], positions)
+    return found
 
 
 def cut_for(deployment: Deployment, picture: Source, mask: Source | np.ndarray | None) -> Cut:

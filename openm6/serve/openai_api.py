@@ -1,8 +1,9 @@
 """Routes of OpenAI's API, answered by tasks.
 
-A model is named `NAME`, or `NAME:TASK` to choose a task. A chat with pictures is answered by the task vqa, one without
-pictures by question_answering; a model that was trained on neither answers by its only trained task with as many
-pictures and texts. Earlier messages precede the question."""
+A model is named `NAME`, or `NAME:TASK` to choose a task. A chat is answered by the task chat, which keeps roles, turns
+and all pictures, where the model was trained on it, as imported chat models are. Another model answers a chat with
+pictures by the task vqa, one without by question_answering, or by its only trained task with as many pictures and
+texts; earlier messages then precede the question."""
 
 from __future__ import annotations
 
@@ -27,11 +28,12 @@ from openm6.serve.guard import sse, unless_gone
 from openm6.serve.incoming import cut_for, put_back, sent
 from openm6.serve.meter import Charge
 from openm6.serve.openai_requests import Asked, ChatRequest, EditRequest, EmbeddingRequest, ImageRequest, Message
-from openm6.serve.server import AT_ONCE, Server, User, is_trained, left_out, samples
+from openm6.serve.server import AT_ONCE, Server, User, is_trained, left_out, reasoning_of, samples
 
 T = TypeVar("T")
 
-CHAT, LOOK, PAINT, EDIT, EMBED = "question_answering", "vqa", "text_to_image", "text_to_image", "text_vector"
+CONVERSE, CHAT, LOOK = "chat", "question_answering", "vqa"
+PAINT, EDIT, EMBED = "text_to_image", "text_to_image", "text_vector"
 """Default tasks."""
 
 WRITTEN, DRAWN, VECTORS = ("text", "value"), ("picture",), ("vector",)
@@ -53,9 +55,14 @@ def add_routes(app: FastAPI, server: Server) -> None:
     async def chat(asked: ChatRequest, request: Request, key: User) -> dict[str, Any] | StreamingResponse:
         """Continue a conversation."""
         text, pictures = _conversation(asked.messages)
-        chosen = _chosen(server, asked, request, LOOK if pictures else CHAT, WRITTEN, text, pictures)
+        usual, messages = LOOK if pictures else CHAT, _messages(asked.messages)
+        if _converses(server, asked):
+            usual = CONVERSE
+        chosen = _chosen(server, asked, request, usual, WRITTEN, text, pictures, messages)
         stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop
-        one = asked.task_request(inputs=chosen.inputs, decoding=asked.decoding(), stop=stop)
+        one = asked.task_request(
+            inputs=chosen.inputs, decoding=asked.decoding(), stop=stop, thinking=asked.enable_thinking
+        )
         messages = _several(await server.message(chosen.deployment, chosen.task, one), asked.n, chosen)
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chosen.model}
         charge = Charge(server.meter, key)
@@ -65,7 +72,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
         found = await _all(server.whole(charge, chosen.deployment, message, request) for message in messages)
         choices = [
             {
-                "index": index, "message": {"role": "assistant", "content": _said(one["value"])},
+                "index": index, "message": {"role": "assistant", "content": _said(one["value"]), **_reasoning(one)},
                 "finish_reason": "stop" if one["finished"] else "length", "logprobs": None,
                 **_told_beside(message, one),
             }
@@ -128,8 +135,9 @@ def add_routes(app: FastAPI, server: Server) -> None:
 
 
 def _chosen(
-    server: Server, asked: Asked, request: Request, usual: str, kinds: Sequence[str], text: str, pictures: Sequence[Any]
-) -> _Chosen:
+    server: Server, asked: Asked, request: Request, usual: str, kinds: Sequence[str], text: str,
+    pictures: Sequence[Any], messages: Sequence[Any] = (),
+) -> _Chosen:  # fmt: skip
     """The named task, else the default; where that does not fit, or the model was not trained on it, the only trained
     one that fits. Errors then name the fields of the request. Raises UsageError where the task does not fit, or there
     is none."""
@@ -142,7 +150,7 @@ def _chosen(
         if told["kind"] not in kinds:
             message = f"The task {task} gives a {told['kind']}: ask it at /v1/tasks/{task}."
             raise UsageError(message, code="wrong_task", param="model")
-        return _filled(task, told, text, pictures, asked.source)
+        return _filled(task, told, text, pictures, asked.source, messages)
 
     def fits(task: str) -> bool:
         try:
@@ -159,9 +167,13 @@ def _chosen(
     return _Chosen(deployment, task, tasks.get(task, {}), inputs, model)
 
 
-def _filled(task: str, told: Mapping[str, Any], text: str, pictures: Sequence[Any], source: str) -> dict[str, Any]:
-    """The task's inputs: the text and the pictures, in their order, in all slots of their types or in the required
-    ones. Raises UsageError where their number differs."""
+def _filled(
+    task: str, told: Mapping[str, Any], text: str, pictures: Sequence[Any], source: str, messages: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """The task's inputs: the messages in its slot of messages, else the text and the pictures, in their order, in all
+    slots of their types or in the required ones. Raises UsageError where their number differs."""
+    if messages and "messages" in told["slots"].values():
+        return {next(slot for slot, kind in told["slots"].items() if kind == "messages"): list(messages)}
     inputs: dict[str, Any] = {}
     required = told["schema"]["inputs"]["required"]
     for kind, name, values in (("text", "text", [text] if text else []), ("image", "picture", pictures)):
@@ -197,6 +209,23 @@ def _conversation(messages: list[Message]) -> tuple[str, list[Any]]:
                     f'{{"url": "..."}}}}, not {cut(part)}.', param="messages",
                 )  # fmt: skip
     return "\n".join(texts), pictures
+
+
+def _messages(messages: list[Message]) -> list[dict[str, Any]]:
+    """The messages as values of a slot."""
+    roles = {"developer": "system"}
+    return [{"role": roles.get(one.role, one.role), "content": one.content} for one in messages]
+
+
+def _converses(server: Server, asked: ChatRequest) -> bool:
+    """Whether the model was trained on conversations."""
+    deployment = server.fleet.get((asked.model or "").partition(":")[0] or None)
+    told = deployment.about["tasks"].get(CONVERSE)
+    return told is not None and is_trained(told, asked.adapter)
+
+
+def _reasoning(found: Mapping[str, Any]) -> dict[str, str]:
+    return {"reasoning_content": text for text in reasoning_of(found).values()}
 
 
 def _several(message: dict[str, Any], n: int, chosen: _Chosen) -> list[dict[str, Any]]:
@@ -294,6 +323,8 @@ async def _chunks(
                     yield chunk({"role": "assistant", "content": ""})
                     begun = True
                 piece = event.get("piece", "")
+                if "value" not in event and event.get("reasoning"):
+                    yield chunk(_reasoning(event))
                 if "value" in event and not (said or piece):
                     piece = _said(event["value"])
                 if piece:

@@ -81,6 +81,7 @@ class ChatRequest(Asked):
     seed: int | None = Field(None, ge=0, lt=2**63)
     n: int = Field(1, ge=1, le=16)
     stop: str | Annotated[list[str], Field(max_length=64)] = Field(default_factory=list)
+    enable_thinking: bool | None = Field(None, description="reason before the answer, where the model can")
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
 

@@ -22,7 +22,7 @@ from openm6.serve.bodies import AskingFields
 from openm6.serve.figures import Figures, History, end_span
 from openm6.serve.fleet import Deployment, Fleet
 from openm6.serve.guard import API, note, unless_gone
-from openm6.serve.incoming import Pictures, record_of
+from openm6.serve.incoming import Pictures, pictures_in, record_of
 from openm6.serve.keys import MANAGE, USE, Key, Keys
 from openm6.serve.meter import Charge, Meter
 
@@ -69,6 +69,8 @@ class TaskRequest(AskingFields):
     probabilities: bool = Field(False, description="of all labels, of a task whose output is one")
     seconds: float | None = Field(None, gt=0, le=3600, description="after which the request fails")
     stop: list[str] = Field(default_factory=list, max_length=64, description="a text ends before the first of these")
+    system: str | None = Field(None, description="text before all; the default is the task's, else the model's")
+    thinking: bool | None = Field(None, description="reason before the answer, where the model can")
 
 
 @dataclass
@@ -118,7 +120,7 @@ class Server:
         if path.startswith(f"{API}tasks/"):
             name = path.removeprefix(f"{API}tasks/")
             tasks = [one.about["tasks"].get(name, {}) for one in self.fleet.deployments.values()]
-            return not any("image" in task.get("slots", {}).values() for task in tasks)
+            return not any({"image", "messages"} & set(task.get("slots", {}).values()) for task in tasks)
         return not path.startswith((f"{API}chat/", f"{API}embeddings", f"{API}images/edits"))
 
     def task(self, deployment: Deployment, name: str, code: str = "task_not_found") -> dict[str, Any]:
@@ -161,6 +163,8 @@ class Server:
         # Examples may have further columns; the inputs may not.
         every = [asked.inputs, *({name: one[name] for name in slots if name in one} for one in asked.examples)]
         pictures = [one.get(slot) for one in every for slot, kind in slots.items() if kind == "image"]
+        talks = [one.get(slot) for one in every for slot, kind in slots.items() if kind == "messages"]
+        pictures += [picture for talk in talks for picture in pictures_in(talk)]
         computed = [one for one in pictures if isinstance(one, Mapping) and "features" in one]
         if any(one.get("image_encoder") != deployment.about["image_encoder"] for one in computed):
             message = f"These features were not made by the image encoder of {deployment.name}."
@@ -172,7 +176,7 @@ class Server:
         return {
             "task": task, "record": record, "decoding": decoding, "adapter": asked.adapter,
             "candidates": asked.candidates, "examples": examples, "probabilities": asked.probabilities,
-            "stop": asked.stop, "truncate": asked.truncate,
+            "stop": asked.stop, "truncate": asked.truncate, "system": asked.system, "thinking": asked.thinking,
             "seconds": min(asked.seconds or self.options.seconds, self.options.seconds),
         }  # fmt: skip
 
@@ -279,6 +283,11 @@ def samples(told: Mapping[str, Any], decoding: Mapping[str, Any]) -> bool:
 def left_out(found: Mapping[str, Any]) -> dict[str, int]:
     """The field `truncated` of an answer: the positions of its source that were left out. Empty if none were."""
     return {"truncated": found["truncated"]} if found.get("truncated") else {}
+
+
+def reasoning_of(found: Mapping[str, Any]) -> dict[str, str]:
+    """The field `reasoning` of an answer: what the model wrote before it. Empty if it wrote none."""
+    return {"reasoning": found["reasoning"]} if found.get("reasoning") else {}
 
 
 def highest_cost(about: Mapping[str, Any], message: Mapping[str, Any]) -> int:

@@ -14,7 +14,7 @@ from openm6.core.batch import by_length, pad
 from openm6.core.errors import ContextLengthError
 from openm6.core.sequence import Sequence
 from openm6.inference.decoding import Decoding, Generated
-from openm6.inference.generate import row_generator, select_tokens
+from openm6.inference.generate import pieces_of, row_generator, select_tokens
 from openm6.inference.permitted import permitted
 from openm6.inference.pieces import Pieces, StopFilter
 from openm6.inference.session import Session
@@ -46,6 +46,11 @@ class _Row:
         """Append a token; the piece of text that is certain with it."""
         self.ids.append(token)
         return self.stopped.add(self.pieces.add(token)) if self.pieces else ""
+
+    @property
+    def thought(self) -> str:
+        """The piece of reasoning that is certain with the last token."""
+        return self.pieces.thought if self.pieces else ""
 
     def rest(self) -> str:
         """The piece that is left at the end of the text."""
@@ -128,7 +133,7 @@ class TextScheduler:
 
     def _row(self, request: EngineRequest) -> _Row:
         item = request.prepared
-        pieces = Pieces(self.view.processor.tokenizer) if request.pieces or request.stop else None
+        pieces = pieces_of(self.view.processor, item.request) if request.pieces or request.stop else None
         return _Row(request, item.prompt, item.options, pieces, StopFilter(request.stop), row_generator(item.options))
 
     def _join(self, staying: list[tuple[_Row, Prefix]]) -> list[None]:
@@ -201,8 +206,8 @@ class TextScheduler:
             if is_end or row.stopped.is_stopped or len(row.ids) >= row.options.max_new_tokens:
                 ended.add(number)
                 events.append(self._answer(row, piece + row.rest(), is_end))
-            elif piece and row.request.pieces:
-                events.append(RequestEvent(row.request.id, piece=piece))
+            elif row.request.pieces and (piece or row.thought):
+                events.append(RequestEvent(row.request.id, piece=piece, reasoning=row.thought))
         return events, ended
 
     def _tokens(self, rows: list[tuple[_Row, Tensor]]) -> list[tuple[int, float]]:
@@ -219,7 +224,8 @@ class TextScheduler:
         event = RequestEvent(row.request.id, piece if row.request.pieces else "", done=True)
         event.finished = is_end or row.stopped.is_stopped
         try:
-            event.value = read(self.view, row.request, Generated(row.ids, row.score, event.finished)).value
+            answer = read(self.view, row.request, Generated(row.ids, row.score, event.finished))
+            event.value, event.reasoning = answer.value, answer.reasoning
         except Exception as error:
             event.error = error
         return event

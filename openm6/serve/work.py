@@ -56,7 +56,7 @@ class EngineRequest:
         """The request of a message to a worker: "id", "task", "record" and the optional fields of Request and
         EngineRequest, "edit" for `edit_region` and "seconds" until the deadline."""
         rest = dict(message)
-        names = ("record", "examples", "truncate", "decoding", "candidates", "probabilities")
+        names = ("record", "examples", "truncate", "decoding", "candidates", "probabilities", "system", "thinking")
         request = Request(**{name: rest.pop(name) for name in names if name in rest})
         task_name, edit_region = rest.pop("task"), rest.pop("edit", None)
         deadline = time.monotonic() + rest.pop("seconds", inf)
@@ -74,6 +74,7 @@ class RequestEvent:
     finished               whether the text ended, or reached a stop string, before max_new_tokens
     tokens, prompt_tokens  the request's cost so far, also with an error or a cancellation
     truncated              number of positions of the prompt that were left out
+    reasoning              what the model wrote before its answer: a piece of it, with the answer all of it
     """
 
     id: str
@@ -85,6 +86,7 @@ class RequestEvent:
     tokens: int = 0
     prompt_tokens: int = 0
     truncated: int = 0
+    reasoning: str = ""
 
 
 def prepare(request: EngineRequest, view: Session) -> None:

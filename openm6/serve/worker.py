@@ -78,6 +78,8 @@ def _opened(start: dict[str, Any], outbox: Any) -> Engine:
         message: dict[str, Any] = {"id": event.id, "tokens": event.tokens, "prompt_tokens": event.prompt_tokens}
         if event.piece:
             message["piece"] = event.piece
+        if event.reasoning:
+            message["reasoning"] = event.reasoning
         if event.error is not None:
             message |= error_of(event.error)
         elif event.done:
@@ -98,6 +100,7 @@ def described(session: Session) -> dict[str, Any]:
 
     from openm6.core.bases import base_of
     from openm6.inference.modes import mode_of
+    from openm6.inference.request import usual_decoding
     from openm6.model.files import image_encoder_id
     from openm6.serve.calibrate import is_reproducible
     from openm6.tasks.library import get, names
@@ -114,7 +117,7 @@ def described(session: Session) -> dict[str, Any]:
             name: {
                 "description": task.description, "instructions": [one.text for one in task.instructions],
                 "slots": {slot: task.slots[slot].type for slot in task.slots}, "inputs": list(task.inputs),
-                "outputs": list(task.outputs), "schema": task.schema(), "decode": dict(task.decode),
+                "outputs": list(task.outputs), "schema": task.schema(), "decode": usual_decoding(session, task),
                 "kind": mode_of(task).result,
                 "sketch": task.sketch, "trained": session.is_trained_on(task), "example": dict(task.example),
                 "trained_adapters": [name for name, view in adapters.items() if view.is_trained_on(task)],

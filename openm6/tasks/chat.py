@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import sys
 import time
 from bisect import bisect_left
@@ -144,6 +143,10 @@ class ChatFormat:
         while start < len(ids) and not tokenizer.decode(ids[start : start + 1]).strip():
             start += 1
         return start
+
+    def without_marks(self, text: str) -> str:
+        """A piece of reasoning without the mark at its beginning."""
+        return text.replace(_THINK, "").lstrip() if _THINK in text else text
 
     def split_reasoning(self, ids: list[int], tokenizer: Tokenizer) -> tuple[str, list[int]]:
         """The reasoning in generated ids, and the ids of the answer."""
@@ -356,6 +359,8 @@ class _Bound:
 
 def _memory() -> int:
     """The largest resident memory of this process so far, in bytes."""
+    import resource
+
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024
 

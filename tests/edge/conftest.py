@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.tasks.library import get
 from openm6.tasks.processor import Processor
-from tests.conftest import YARN, tiny_config
+from tests.conftest import YARN, ExactSession, tiny_config
 from tests.tasks.conftest import picture, tokenizer
 
 __all__ = ["tokenizer"]
@@ -122,13 +121,6 @@ ASKED: dict[str, dict[str, Any]] = {
     "text_classification": {"text": "很好"}, "item_vector": {"photo": picture(), "title": "红色的帽子"},
     "grounding": {"photo": picture(), "phrase": "帽子"},
 }  # fmt: skip
-
-
-class ExactSession(Session):
-    """A session that computes in fp32, as an ONNX bundle does, on a machine with bf16 units too."""
-
-    def precision(self) -> AbstractContextManager[Any]:
-        return nullcontext()
 
 
 @pytest.fixture(scope="session")

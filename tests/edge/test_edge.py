@@ -34,8 +34,8 @@ from openm6.model.cache import prefill, step
 from openm6.tasks.library import get
 from openm6.tasks.processor import Processor
 from openm6.weights.directory import make_processor
-from tests.conftest import EXPERTS, LLAMA3, YARN, drawing_session, example, tiny_config, tiny_model
-from tests.edge.conftest import ASKED, ExactSession
+from tests.conftest import EXPERTS, LLAMA3, YARN, ExactSession, drawing_session, example, tiny_config, tiny_model
+from tests.edge.conftest import ASKED
 from tests.tasks.conftest import picture
 
 pytestmark = pytest.mark.slow

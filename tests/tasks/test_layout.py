@@ -17,7 +17,7 @@ from openm6.tasks.processor import Processor
 
 def lay_out(
     pieces: list[Piece], target: list[int] | None, processor: Processor, *more: Any, **options: Any
-) -> Sequence:
+) -> Sequence:  # fmt: skip
     """After the mark of OpenM6's own form."""
     return layout.lay_out([*pieces, Piece((processor.tokenizer.answer_id,))], target, processor, *more, **options)
 

@@ -67,8 +67,8 @@ def test_of_a_conversation_the_end_stays(processor: Processor) -> None:
 
 
 @given(
-    st.sampled_from(sorted(name for name in names() if get(name).inputs and not get(name).draws and not get(name).converses)), st.data(),
-    st.integers(2, 80), st.sampled_from([None, "start"]), st.integers(0, 5),
+    st.sampled_from(sorted(n for n in names() if get(n).inputs and not get(n).draws and not get(n).converses)),
+    st.data(), st.integers(2, 80), st.sampled_from([None, "start"]), st.integers(0, 5),
 )  # fmt: skip
 def test_no_prompt_is_longer_than_the_model(
     processor: Processor, name: str, data: st.DataObject, longest: int, truncate: str | None, adapter: int

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from openm6.core.errors import DataError, UsageError, cut, suggest
+from openm6.core.images import from_base64
 from openm6.tasks.chat import ROLES
 from openm6.tasks.piece import Piece
 from openm6.tasks.processor import Processor
@@ -106,8 +107,8 @@ def _part(part: Any) -> Any:
         match part.get("type"), part:
             case "text", {"text": str(text)}:
                 return text
-            case "image_url", {"image_url": {"url": url} | str(url)}:
-                return {"image": url}
+            case "image_url", {"image_url": {"url": str(url)} | str(url)}:
+                return {"image": from_base64(url) if url.startswith("data:") else url}
             case "image", {"image": value}:
                 return {"image": value}
     raise DataError(
