@@ -225,7 +225,7 @@ def _converses(server: Server, asked: ChatRequest) -> bool:
 
 
 def _reasoning(found: Mapping[str, Any]) -> dict[str, str]:
-    return {"reasoning_content": text for text in reasoning_of(found).values()}
+    return {"reasoning_content": found["reasoning"]} if reasoning_of(found) else {}
 
 
 def _several(message: dict[str, Any], n: int, chosen: _Chosen) -> list[dict[str, Any]]:

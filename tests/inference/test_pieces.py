@@ -6,6 +6,7 @@ from hypothesis import given, strategies as st
 
 from openm6.core.tokenizer import Tokenizer
 from openm6.inference.pieces import Pieces, StopFilter, cut_at_stop
+from tests.tasks.templates import ours
 
 TOKENIZER = Tokenizer.train(["红色的靠垫，羊毛。", "a red cushion, 95 yuan", "绿色 wool"] * 5, 420, num_codes=4)
 
@@ -60,3 +61,13 @@ def test_what_may_be_the_beginning_of_a_stop_waits() -> None:
         "",
     ]
     assert stopped.is_stopped and stopped.add("more") == "" and stopped.rest() == ""
+
+
+def test_reasoning_comes_apart_from_the_answer() -> None:
+    chat, tokenizer = ours("reasoning")
+    for thought, answer in (("the cat sat", "on the mat"), ("今天天气很好", "好"), ("", "the dog")):
+        pieces, thoughts, said = Pieces(tokenizer, chat), "", ""
+        for token in tokenizer.encode(f"<think>\n{thought}\n</think>\n\n{answer}"):
+            said += pieces.add(token)
+            thoughts += pieces.thought
+        assert (thoughts.strip(), said + pieces.rest()) == (thought, answer)
