@@ -73,7 +73,7 @@ def test_a_conversation_is_answered_as_in_python(client: openai.OpenAI, alone: S
 
 
 def test_every_picture_of_every_turn_is_seen(client: openai.OpenAI, alone: Session) -> None:
-    photos = [picture(32, 32, seed) for seed in range(3)]
+    photos = [picture(32, 32, seed) for seed in range(2)]
 
     def turns(first: bytes, second: bytes) -> list[dict[str, Any]]:
         text = {"type": "text", "text": "the cat"}
@@ -82,10 +82,11 @@ def test_every_picture_of_every_turn_is_seen(client: openai.OpenAI, alone: Sessi
             {"role": "user", "content": [part(second), text]},
         ]  # fmt: skip
 
-    answers = {said(client, turns(photos[a], photos[b])) for a, b in ((0, 1), (2, 1), (0, 2), (1, 0))}
-    assert len(answers) > 2
-    expected = alone.run("chat", messages=turns(photos[0], photos[1]), decoding={"max_new_tokens": 12})
-    assert said(client, turns(photos[0], photos[1])) == expected
+    asked = turns(photos[0], photos[1])
+    answer = client.chat.completions.create(model="m6", messages=asked, max_tokens=12)  # type: ignore[arg-type]
+    prompt = alone.prompt(alone.task("chat"), {"messages": asked})
+    assert len(prompt.pictures) == 2 and answer.usage is not None and answer.usage.prompt_tokens == len(prompt)
+    assert answer.choices[0].message.content == alone.run("chat", messages=asked, decoding={"max_new_tokens": 12})
 
 
 @pytest.mark.parametrize("name", ["image_url", "image"])
