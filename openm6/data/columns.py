@@ -145,7 +145,7 @@ def map_columns(
             )
         require_columns(columns, [column], f"columns.{slot}: the data")
     choice = _Choice(task, columns, rows, dict(mapping))
-    if talk := task.converses:
+    if talk := next((name for name, slot in task.slots.items() if slot.type == "messages"), ""):
         key = mapping.get(talk) or next(filter(None, map(conversation_key, rows)), None)
         if key is None:
             raise UsageError(

@@ -58,9 +58,8 @@ def columns_of(key: str, columns: tuple[str, ...]) -> list[str]:
 def conversation_of(record: Record, key: str) -> list[dict[str, Any]]:
     """The messages of a record, in the layout of OpenAI's API, pictures as parts of their contents. Raises DataError,
     with the number of the message, for one that cannot be read."""
-    value = from_json(record.get(key), "is a text, but not the JSON of messages.")
     pairs = dict(_PAIRS).get(key)
-    messages = _of_pairs(record, key, pairs) if pairs else _of_list(value)
+    messages = _of_pairs(record, key, pairs) if pairs else _of_list(record.get(key))
     system = record.get("system") or record.get("system_prompt")
     if isinstance(system, str) and system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
@@ -106,6 +105,7 @@ class TurnRecords:
 
 
 def _of_list(value: Any) -> list[dict[str, Any]]:
+    value = from_json(value, "is a text, but not the JSON of messages.")
     if not isinstance(value, list) or not value:
         raise DataError('has to be messages: [{"role": "user", "content": "..."}, ...].')
     found = []

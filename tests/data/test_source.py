@@ -81,7 +81,7 @@ def test_without_the_cache_nothing_is_kept(tmp_path: Path, cache: Path, monkeypa
 def test_conversations_are_named_as_such_where_a_slot_has_no_column(tmp_path: Path, record: dict[str, Any]) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
     for task in ("caption", "text_classification"):
-        with pytest.raises(UsageError, match=r"hold conversations .* which are not read yet\. The task .* needs"):
+        with pytest.raises(UsageError, match=r"hold conversations .* which the task chat reads\. The task .* needs"):
             SlotView.of(get(task), open_source(tmp_path / "a.jsonl"))
 
 
