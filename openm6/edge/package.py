@@ -67,6 +67,11 @@ def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
     check_mergeable(path)
     session = Session.load(path, "cpu", trainable=True)
     session.model.eval()
+    if session.processor.chat is not None:
+        raise UsageError(
+            f"{path} is asked by a chat template, which an ONNX bundle does not have yet: train it further with "
+            "model.prompt_format: openm6."
+        )
     tasks = [task for task in session.tasks.values() if is_exportable(task)]
     if not tasks:
         raise UsageError(f"An ONNX bundle can do no task of {path}: {', '.join(session.tasks) or 'it has none'}.")

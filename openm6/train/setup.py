@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from openm6.core.errors import UsageError
+from openm6.core.errors import DataError, UsageError
 from openm6.core.files import write_whole
 from openm6.core.tokenizer import Tokenizer, common_characters
 from openm6.data.columns import SlotView, count_classes
-from openm6.data.conversations import TurnRecords
+from openm6.data.conversations import TurnRecords, conversation_of
 from openm6.data.loader import Entry, Loader
 from openm6.data.overlap import find_overlap
 from openm6.data.rejects import Rejects
@@ -28,6 +29,7 @@ from openm6.tasks.library import get as get_task, names as library_names
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots.label import normalize_label
+from openm6.tasks.slots.messages import text_of
 from openm6.tasks.task import Task
 from openm6.tasks.turns import keeps_turns
 from openm6.train.checkpoint import latest_checkpoint
@@ -162,11 +164,16 @@ def texts_of(task: Task, records: Records, columns: Mapping[str, str], limit: in
     """The texts of a task's instructions, and those that its slots have in the first `limit` records."""
     yield from task.texts()
     mapping = SlotView.of(task, records, columns).mapping
-    kinds = {name: slot.type for name, slot in task.slots.items() if slot.type in ("text", "label", "table")}
+    spoken = ("text", "label", "table", "messages")
+    kinds = {name: slot.type for name, slot in task.slots.items() if slot.type in spoken}
     used = [(column, kinds[name]) for name, column in mapping.items() if name in kinds]
     for index in range(min(len(records), limit)):
         record = records[index]
         for column, kind in used:
+            if kind == "messages":
+                with suppress(DataError):  # told when the record is read
+                    yield from map(text_of, conversation_of(record, column))
+                continue
             texts = _strings(record.get(column))
             yield from map(normalize_label, texts) if kind == "label" else texts
 
