@@ -13,12 +13,12 @@ from openm6.core.errors import ContextLengthError, DataError, UsageError
 from openm6.core.sequence import HeadTarget, ImageTarget, Sequence, SketchTarget, TextTarget
 from openm6.tasks import corrupt, drawn, sketch, target
 from openm6.tasks.forms import answer_constraint, characters
-from openm6.tasks.grammar import Instruction, slots_of
+from openm6.tasks.grammar import Instruction, Slot, slots_of
 from openm6.tasks.heads import HEADS
 from openm6.tasks.layout import Piece, lay_out
 from openm6.tasks.lengths import CHARACTERS
 from openm6.tasks.processor import Processor
-from openm6.tasks.record import Record, slot_errors, value_of, where
+from openm6.tasks.record import Record, is_given, labels_of, slot_errors, value_of, where
 from openm6.tasks.slots import TYPES, image
 from openm6.tasks.slots.text import as_text
 from openm6.tasks.task import Task
@@ -29,6 +29,10 @@ MASKED_FRACTION = 0.4
 UNGUIDED_FRACTION = 0.1
 """Fraction of the pictures without any of the slots that may be dropped, where there are several: guidance leads away
 from pictures drawn without them."""
+
+LISTED, LISTED_FRACTION = 32, 0.25
+"""Maximum number of labels that a prompt lists (`[choices|of=label]`), and fraction of the model's positions that they may
+take. More are not listed: the answer is restricted to them all the same."""
 
 VERDICT_FRACTION = 0.05
 """Fraction of the pictures that are whole and get verdicts: half of them are another record's."""
@@ -147,12 +151,18 @@ def _encode_source(encoding: _Encoding, record: Record, corrupted: bool = False)
     after_text = False  # two texts that touch are kept apart
     for part in encoding.instruction.source:
         if isinstance(part, str):
-            source.pieces.append(Piece(processor.tokenizer.encode_often(part)))
+            source.pieces.append(Piece(processor.tokenizer.encode_often(part if source.pieces else part.lstrip())))
             after_text = False
             continue
-        if part.drop and (record.get(part.name) is None or unguided or (rng is not None and rng.random() < part.drop)):
+        listed = _listed(encoding, record, part) if part.type == "choices" else ()
+        is_absent = not listed if part.type == "choices" else not is_given(record, part)
+        if part.is_optional and (is_absent or unguided or (rng is not None and part.drop and rng.random() < part.drop)):
             continue
-        value = value_of(task, record, part, encoding.rng, encoding.max_positions)
+        value = listed or value_of(task, record, part, encoding.rng, encoding.max_positions)
+        if part.before:
+            before = part.before if source.pieces else part.before.lstrip()
+            source.pieces.append(Piece(processor.tokenizer.encode_often(before)))
+            after_text = False
         with slot_errors(record, part):
             if (part.mask or part.prefix) and corrupted:
                 text = as_text(value)
@@ -168,7 +178,19 @@ def _encode_source(encoding: _Encoding, record: Record, corrupted: bool = False)
         source.places[part.name] = len(source.pieces)
         source.pieces.append(piece)
         after_text = part.type in target.SPOKEN
+        if part.after:
+            source.pieces.append(Piece(processor.tokenizer.encode_often(part.after)))
+            after_text = False
     return source
+
+
+def _listed(encoding: _Encoding, record: Record, slot: Slot) -> tuple[str, ...]:
+    """The labels that the prompt lists: those of the record or the task, if they are few and short enough."""
+    labels = labels_of(encoding.task, record, slot.of, encoding.max_positions)
+    if len(labels) > LISTED:
+        return ()
+    room = encoding.processor.max_length * LISTED_FRACTION
+    return labels if len(TYPES["choices"].source(labels, encoding.processor).ids) <= room else ()
 
 
 def _encode_target(encoding: _Encoding, record: Record, complements: Mapping[str, str]) -> Items[int]:

@@ -354,8 +354,8 @@ def test_a_model_with_a_damaged_card_or_weights_is_told(session: Session, tmp_pa
     card.write_text(content[:20], "utf-8")
     with pytest.raises(OpenM6Error, match="openm6.json is damaged"):
         Session.load(tmp_path)
-    card.write_text(json.dumps({**json.loads(content), "format": 2}), "utf-8")
-    with pytest.raises(OpenM6Error, match="openm6.json has the format 2; this version of OpenM6 reads 1"):
+    card.write_text(json.dumps({**json.loads(content), "format": 3}), "utf-8")
+    with pytest.raises(OpenM6Error, match="openm6.json has the format 3; this version of OpenM6 reads 2"):
         Session.load(tmp_path)
     card.write_text(content, "utf-8")
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
