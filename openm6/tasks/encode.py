@@ -31,8 +31,8 @@ UNGUIDED_FRACTION = 0.1
 from pictures drawn without them."""
 
 LISTED, LISTED_FRACTION = 32, 0.25
-"""Maximum number of labels that a prompt lists (`[choices|of=label]`), and fraction of the model's positions that they may
-take. More are not listed: the answer is restricted to them all the same."""
+"""Maximum number of labels that a prompt lists (`[choices|of=label]`), and fraction of the model's positions that they
+may take. More are not listed: the answer is restricted to them all the same."""
 
 VERDICT_FRACTION = 0.05
 """Fraction of the pictures that are whole and get verdicts: half of them are another record's."""

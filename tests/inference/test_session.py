@@ -152,6 +152,19 @@ def test_label_probabilities_of_bad_records_and_of_other_tasks(session: Session)
     assert list(session.label_probabilities(only, [{"a": "红"}])) == [{"鞋": 1.0}]
 
 
+def test_label_probabilities_are_of_the_choices_of_each_record(session: Session) -> None:
+    """In one call; and the answer is one of them."""
+    open_set = Task.from_instruction("[text:a]{可选: [choices|of=kind]。} -> [label:kind]")
+    records = [{"a": "红", "choices": some} for some in ("鞋,包", ["红", "蓝", "绿"], "鞋,包")]
+    found = list(session.label_probabilities(open_set, records))
+    assert [list(one) for one in found] == [["鞋", "包"], ["红", "蓝", "绿"], ["鞋", "包"]] and found[0] == found[2]
+    for record, one, answer in zip(records, found, session.run_many(open_set, records), strict=True):
+        (alone,) = session.label_probabilities(open_set.with_labels({"kind": list(one)}), [{"a": record["a"]}])
+        assert one == pytest.approx(alone) and answer in one
+    with pytest.raises(UsageError, match="its one output has to be a label of a set"):
+        list(session.label_probabilities(open_set, [{"a": "红"}]))
+
+
 def test_the_command_tells_the_probabilities_of_labels(session: Session, tmp_path: Path) -> None:
     session.save(tmp_path / "m")
     (tmp_path / "a.png").write_bytes(picture())
