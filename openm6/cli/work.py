@@ -292,10 +292,10 @@ def run(
     from openm6.core.images import save, seed_of_drawn
     from openm6.data.columns import SlotView
     from openm6.data.source import open_source
-    from openm6.inference.labels import closed_labels
     from openm6.inference.modes import mode_of
     from openm6.inference.request import Request
     from openm6.inference.session import Session
+    from openm6.tasks.record import labels_of
 
     session, shown = Session.load(place), list[Any]()
     chosen = session.task(task)
@@ -318,7 +318,7 @@ def run(
         request = Request(asked, shown, **more)
         if truncate:
             fields["truncated"] = session.prompt(chosen, request).truncated
-        if closed_labels(chosen):
+        if len(chosen.outputs) == 1 and labels_of(chosen, asked, chosen.outputs[0]):
             found = next(session.label_probabilities(task, [request]))
             fields["probabilities"] = dict(sorted(found.items(), key=lambda pair: -pair[1]))
         emit(fields)

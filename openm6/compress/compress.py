@@ -41,7 +41,7 @@ from openm6.data.source import open_source
 from openm6.edge.package import export, quantize_bundle
 from openm6.edge.runner import EdgeModel
 from openm6.evaluate.command import measure
-from openm6.evaluate.measure import Case, references, scored
+from openm6.evaluate.measure import Case, as_said, references, scored
 from openm6.inference.session import Session
 from openm6.model.adapters import check_whole
 from openm6.model.config import ModelConfig
@@ -320,7 +320,8 @@ def _metrics(made: Path, chain: Chain) -> dict[str, dict[str, float]]:
             for record in map(view, source):
                 value = bundle.run(task.name, truncate="start", **task.asked(record))
                 value = value[output] if len(task.outputs) > 1 else value
-                cases.append(Case(record, str(value), references(record[output], task.slots[output].type)))
+                kind = task.slots[output].type
+                cases.append(Case(record, as_said(value, kind), references(record[output], kind)))
             found = {name: scored(task, name, cases).value for name in task.metrics if name != "perplexity"}
         metrics[section.task] = {name: round(value, 5) for name, value in found.items()}
     return metrics

@@ -106,7 +106,8 @@ class Form:
                 rows or [[""] * len(headers)], headers=headers, label=label, type="array", interactive=True,
                 column_count=len(headers),
             )  # fmt: skip
-        return gr.Textbox(label=label, lines=1, max_lines=8, placeholder=_text(example))
+        shown = _filled(kind, example) if kind == "choices" else _text(example)
+        return gr.Textbox(label=label, lines=1, max_lines=8, placeholder=shown)
 
     def request(self, values: Sequence[Any]) -> TaskRequest:
         """The request for these values of `inputs`. Raises PageError."""
@@ -271,6 +272,8 @@ def _text(value: Any) -> str:
 def _filled(kind: str, value: Any) -> Any:
     if kind in ("text", "label"):
         return _text(value)
+    if kind == "choices":
+        return ",".join(value or ())
     if isinstance(value, dict):
         return [list(row) for row in value.items()]
     if kind == "table" and isinstance(value, list):

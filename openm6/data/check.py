@@ -20,6 +20,7 @@ from openm6.data.store import Record
 from openm6.tasks.encode import encode_example, encode_prompt
 from openm6.tasks.grammar import Slot
 from openm6.tasks.processor import Processor
+from openm6.tasks.record import is_given, labels_of
 from openm6.tasks.slots import TYPES
 
 if TYPE_CHECKING:
@@ -74,14 +75,14 @@ class Check:
             seen = self._view(record)
             for name, slot in self.task.slots.items():
                 value = seen.get(name)
-                if slot.type == "vector" or (value is None and slot.drop):
+                if slot.type == "vector" or (slot.is_optional and not is_given(seen, slot)):
                     continue
                 if value is None or value == "":
                     raise DataError(f"{name} is missing.")
                 if slot.type == "image":
                     open_image(value)
                 elif slot.type in ("text", "label"):
-                    self._text(name, value)
+                    self._text(name, value, labels_of(self.task, seen, name))
                 else:
                     _read(name, slot.type, value)
             if self._processor:
@@ -97,9 +98,8 @@ class Check:
             for name, classes in self._classes.items():
                 classes.add(record.get(self._view.mapping.get(name, "")))
 
-    def _text(self, name: str, value: Any) -> None:
+    def _text(self, name: str, value: Any, known: tuple[str, ...]) -> None:
         texts = value if isinstance(value, list) else [value]
-        known = self.task.labels.get(name)
         for text in texts:
             if not isinstance(text, str):
                 raise DataError(f"{name} has to be a text, not {type(text).__name__}.")
@@ -113,7 +113,7 @@ class Check:
         encode = encode_example if can_encode_target else encode_prompt
         sequence = encode(self.task, seen, processor, truncate="end")
         for name, slot in self.task.slots.items():
-            if slot.type in ("text", "label", "table") and seen.get(name) is not None:
+            if slot.type in ("text", "label", "table") and seen.get(name) is not None and is_given(seen, slot):
                 value = seen[name][0] if slot.type != "table" and isinstance(seen[name], list) else seen[name]
                 self._tokens[name].append(len(TYPES[slot.type].target(value, processor)))
         if sequence.pictures:

@@ -160,7 +160,7 @@ def map_columns(
     choice.take(lambda slot, kind: choice.named(_POSSIBLE.get(kind if kind == "label" else slot, ())))
     choice.take(lambda slot, kind: choice.only_of_type(slot))
     for slot in choice.open():
-        if not task.slots[slot].drop:
+        if not task.slots[slot].is_optional:
             raise UsageError(_advice(choice, slot, mapping, command))
     return {slot: choice.chosen[slot] for slot in task.slots if slot in choice.chosen}
 
@@ -214,11 +214,12 @@ class _Choice:
 
     def only_of_type(self, slot: str) -> list[str]:
         """The one free column, keys aside, whose values look like the slot's type, if the slot is the only open one of
-        that type and the column is not known to be something else. A text that is constant over all records is no
-        output."""
-        kind = self.task.slots[slot].type
-        found = self.fitting(slot)
-        alone = sum(self.task.slots[s].type == kind for s in self.open()) == 1 and len(found) == 1
+        that type and the column is not known to be something else. A slot in a group, which may well have no column,
+        neither takes one nor counts. A text that is constant over all records is no output."""
+        kind, found = self.task.slots[slot].type, self.fitting(slot)
+        open_slots = [self.task.slots[s] for s in self.open()]
+        alone = sum(s.type == kind and not s.is_grouped for s in open_slots) == 1 and len(found) == 1
+        alone = alone and not self.task.slots[slot].is_grouped
         if not alone or _foreign(found[0], slot, kind):
             return []
         values = [str(row.get(found[0])) for row in self.rows]

@@ -26,6 +26,7 @@ from openm6.edge.live import LiveSettings
 from openm6.edge.runner import Answer, EdgeModel, file_digest
 from openm6.edge.status import Finding, check_cloud
 from openm6.tasks.processor import Processor
+from openm6.tasks.record import labels_of
 from openm6.tasks.slots import TYPES
 from openm6.tasks.task import Task
 
@@ -157,7 +158,7 @@ class Cascade:
 
         def receive(answer: Mapping[str, Any]) -> Any:
             """The cloud's value, from which the device learns unless it was cut off. Raises CloudError."""
-            value = _value(chosen, answer["outputs"], version.model.processor)
+            value = _value(chosen, record, answer["outputs"], version.model.processor)
             if not answer.get("finished", True):
                 self._count(task, "unfinished")
                 return value
@@ -338,12 +339,12 @@ def _whole(task: Task, record: Record) -> dict[str, Any]:
     return found
 
 
-def _value(task: Task, outputs: Mapping[str, Any], processor: Processor) -> Any:
+def _value(task: Task, record: Record, outputs: Mapping[str, Any], processor: Processor) -> Any:
     """A task's value in the form of the edge model's. Raises CloudError for outputs of another task of that name, and
     for a value that could not be learned."""
     values = {name: outputs[name] for name in task.outputs if name in outputs}
     for name in task.outputs:
-        known, value = task.labels.get(name), values.get(name)
+        known, value = labels_of(task, record, name), values.get(name)
         if is_empty(value):
             raise CloudError("empty")
         if value is None or (known and str(value) not in known):

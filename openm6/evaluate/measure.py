@@ -12,6 +12,7 @@ import numpy as np
 
 from openm6.core.errors import ContextLengthError, DataError, UsageError
 from openm6.core.extras import require
+from openm6.core.files import dumps
 from openm6.data.rejects import Reject
 from openm6.evaluate.labels import LabelFigures, unknown_references
 from openm6.inference.modes import mode_of
@@ -147,7 +148,7 @@ def evaluate(
         part = slice(start, start + 4 * batch_size)
         for record, found in zip(kept[part], session.answers(task, items[part], batch_size), strict=True):
             answer = found.value if len(task.outputs) == 1 else found.value[output]
-            cases.append(Case(record, str(answer), references(record[output], kind)))
+            cases.append(Case(record, as_said(answer, kind), references(record[output], kind)))
         if on_progress:
             on_progress(len(cases), len(items))
     labels, notes = None, []
@@ -208,7 +209,12 @@ def references(value: Any, kind: str = "text") -> list[str]:
     """The references in a value: each text or label of a list, for other slot types the value itself."""
     if isinstance(value, (list, tuple)) and kind in ("text", "label"):
         return [str(v) for v in value]
-    return [str(as_box(value) if kind == "box" else value)]
+    return [as_said(as_box(value) if kind == "box" else value, kind)]
+
+
+def as_said(value: Any, kind: str) -> str:
+    """An answer as the text that metrics compare: a table and triples as JSON."""
+    return dumps(value) if kind in ("table", "triples") and not isinstance(value, str) else str(value)
 
 
 def _perplexity(

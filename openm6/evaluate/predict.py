@@ -195,7 +195,7 @@ class Prediction:
         except DataError as error:
             return error
         for name in self.task.inputs:
-            if seen.get(name) in (None, "", []) and not self.task.slots[name].drop:
+            if seen.get(name) in (None, "", []) and not self.task.slots[name].is_optional:
                 return DataError(f"{row.get('_where', 'The record')} has no {name}.")
         return {name: value for name, value in seen.items() if name not in self.task.outputs}
 

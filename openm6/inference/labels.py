@@ -30,6 +30,7 @@ from openm6.model.cache import KVCache, prefill, step
 from openm6.tasks import target
 from openm6.tasks.encode import encode_example
 from openm6.tasks.processor import Processor
+from openm6.tasks.record import labels_of
 from openm6.tasks.task import Task
 
 Prefix = tuple[int, ...]
@@ -40,26 +41,27 @@ def closed_labels(task: Task) -> tuple[str, ...]:
     return task.labels.get(task.outputs[0], ()) if len(task.outputs) == 1 else ()
 
 
-def require_labels(task: Task) -> tuple[str, ...]:
-    """The labels of such a task. Raises UsageError for other tasks."""
-    labels = closed_labels(task)
+def require_labels(task: Task, record: Record) -> tuple[str, ...]:
+    """The labels that the only output of a task can have for a record (see `labels_of`). Raises UsageError where they
+    are unknown."""
+    labels = labels_of(task, record, task.outputs[0]) if len(task.outputs) == 1 else ()
     if not labels:
         raise UsageError(f"The task {task.name} has no probabilities: its one output has to be a label of a set.")
     return labels
 
 
 class LabelTree:
-    """A prefix tree of the tokens of a task's labels, each with the end token.
+    """A prefix tree of the tokens of the labels of a task's output, each with the end token.
 
     paths    tokens of each label
     forks    prefixes after which several labels continue, with the tokens that continue them
     levels   prefixes that the network has to read to reach the forks, grouped by length from 0 on
     """
 
-    def __init__(self, task: Task, processor: Processor):
+    def __init__(self, task: Task, processor: Processor, labels: Items[str]):
         side, tokenizer = task.instructions[0].target, processor.tokenizer
         self.paths: dict[str, Prefix] = {}
-        for label in require_labels(task):
+        for label in labels:
             ids = target.join(side, {task.outputs[0]: tokenizer.encode_often(label)}, tokenizer)
             self.paths[label] = (*ids, tokenizer.end_id)
         choices: dict[Prefix, dict[int, None]] = {}
@@ -85,25 +87,47 @@ class LabelTree:
         return sum(map(len, self.levels[1:]))
 
 
+class LabelTrees:
+    """The trees of a task's records; records with the same labels share one. Raises UsageError for a task without."""
+
+    def __init__(self, task: Task, processor: Processor):
+        self._task, self._processor = task, processor
+        self._trees: dict[tuple[str, ...], LabelTree] = {}
+        if not any(slot.of for slot in task.slots.values()):
+            require_labels(task, {})
+
+    def of(self, record: Record) -> LabelTree:
+        """The tree of a record. Raises UsageError as `require_labels` does."""
+        labels = require_labels(self._task, record)
+        if labels not in self._trees:
+            if len(self._trees) == 256:
+                self._trees.clear()
+            self._trees[labels] = LabelTree(self._task, self._processor, labels)
+        return self._trees[labels]
+
+
 @torch.inference_mode()
 def label_probabilities(
-    model: M6, prompts: Items[Sequence], tree: LabelTree, batch_size: int = 64
+    model: M6, prompts: Items[Sequence], trees: Items[LabelTree], batch_size: int = 64
 ) -> list[dict[str, float]]:
-    """For each prompt the probability of each label: the product, over the label's tokens and the end token, of the
-    probability renormalized over the tokens that continue a label there.
+    """For each prompt the probability of each label of its tree: the product, over the label's tokens and the end
+    token, of the probability renormalized over the tokens that continue a label there.
 
     A prompt is read once; after it only prefixes that several labels share are read, `batch_size` at a time.
     """
     found: dict[int, dict[str, float]] = {}
-    for chosen in by_length(prompts, max(1, batch_size // tree.width)):
-        log_probs = _at_forks(model, [prompts[i] for i in chosen], tree, batch_size)
-        certain = torch.zeros(len(chosen), dtype=torch.float64)
-        columns = [
-            sum((log_probs.get((path[:n], token), certain) for n, token in enumerate(path)), certain)
-            for path in tree.paths.values()
-        ]
-        rows = torch.stack(columns, 1).exp().tolist()
-        found |= {number: dict(zip(tree.paths, row, strict=True)) for number, row in zip(chosen, rows, strict=True)}
+    for tree in dict.fromkeys(trees):
+        places = [i for i, own in enumerate(trees) if own is tree]
+        for some in by_length([prompts[i] for i in places], max(1, batch_size // tree.width)):
+            chosen = [places[i] for i in some]
+            log_probs = _at_forks(model, [prompts[i] for i in chosen], tree, batch_size)
+            certain = torch.zeros(len(chosen), dtype=torch.float64)
+            columns = [
+                sum((log_probs.get((path[:n], token), certain) for n, token in enumerate(path)), certain)
+                for path in tree.paths.values()
+            ]
+            rows = torch.stack(columns, 1).exp().tolist()
+            found |= {number: dict(zip(tree.paths, row, strict=True)) for number, row in zip(chosen, rows, strict=True)}
     return [found[i] for i in range(len(prompts))]
 
 
@@ -162,11 +186,11 @@ def target_losses(
 
 
 def _check(context: Context, task: Task, request: Request) -> None:
-    require_labels(task)
+    require_labels(task, request.record)
 
 
 def _kv_shape(context: Context, task: Task, item: Prepared) -> tuple[int, int]:
-    tree = LabelTree(task, context.processor)
+    tree = LabelTrees(task, context.processor).of(item.request.record)
     positions = len(item.prompt) + max(item.options.max_new_tokens, len(tree.levels))
     check_room(context.model, positions, 0)
     return tree.cache_rows(BATCH_SIZE), positions
@@ -175,9 +199,10 @@ def _kv_shape(context: Context, task: Task, item: Prepared) -> tuple[int, int]:
 def _steps(context: Context, task: Task, items: list[Prepared], batch_size: int) -> Steps[list[Any]]:
     """The generated labels, then the probabilities, which cost the label prefixes that are read."""
     generated = yield from text_steps(context, task, items, batch_size)
-    tree = LabelTree(task, context.processor)
-    found = label_probabilities(context.model, [item.prompt for item in items], tree, batch_size)
-    yield [tree.cost] * len(items)
+    every = LabelTrees(task, context.processor)
+    trees = [every.of(item.request.record) for item in items]
+    found = label_probabilities(context.model, [item.prompt for item in items], trees, batch_size)
+    yield [tree.cost for tree in trees]
     return list(zip(generated, found, strict=True))
 
 

@@ -258,19 +258,23 @@ class Session:
         self, task: str | Task, records: Iterable[Record | Request], *, batch_size: int = BATCH_SIZE,
         on_error: str = "raise", truncate: str | None = None,
     ) -> Iterator[dict[str, float]]:  # fmt: skip
-        """The probability of each label, for records of a task whose only output is a label of a closed set: over the
-        label's tokens, among the tokens that continue a label, so that they sum to 1. The rest: see `run_many`."""
+        """The probability of each label, for records of a task whose only output is a label of a closed set, the
+        task's or the record's choices: over the label's tokens, among the tokens that continue a label, so that they
+        sum to 1. The rest: see `run_many`."""
         task = self.task(task)
-        tree = labels.LabelTree(task, self.processor)
+        every = labels.LabelTrees(task, self.processor)
 
-        def prepare(record: Record | Request, number: int) -> Sequence:
-            prompt = self.prompt(task, Request.of(record, truncate=truncate))
+        def prepare(record: Record | Request, number: int) -> tuple[Sequence, labels.LabelTree]:
+            request = Request.of(record, truncate=truncate)
+            tree = every.of(request.record)
+            prompt = self.prompt(task, request)
             check_room(self.model, len(prompt), len(tree.levels))
-            return prompt
+            return prompt, tree
 
-        def answer(prompts: list[Sequence]) -> list[dict[str, float]]:
+        def answer(items: list[tuple[Sequence, labels.LabelTree]]) -> list[dict[str, float]]:
+            prompts, trees = zip(*items, strict=True)
             with self.precision():
-                return labels.label_probabilities(self.model, prompts, tree, batch_size)
+                return labels.label_probabilities(self.model, prompts, trees, batch_size)
 
         yield from in_groups(records, batch_size * 4, prepare, answer, on_error)
 

@@ -304,5 +304,7 @@ def highest_cost(about: Mapping[str, Any], message: Mapping[str, Any]) -> int:
         most *= min(max(1, factor or 1), 2**20)  # what cannot be is refused later
     told = task["schema"]["outputs"]["properties"] if message["probabilities"] else {}
     labels = [label for output in told.values() for label in output.get("enum", ())]
+    if message["probabilities"]:  # the text of a list has more characters than its labels together
+        labels += [message["record"].get(slot, "") for slot, kind in task["slots"].items() if kind == "choices"]
     read = sum(len(str(label).encode()) + 1 for label in labels)
     return int(about["positions"] + min(max(0, most), 2**62) + read)

@@ -73,12 +73,14 @@ def _clean(value: Any) -> Any:
 
 
 def facts_of(task: Task, asked: Record) -> tuple[list[tuple[str, str]], list[str]]:
-    """The non-empty cells of an item as (column, value), and its texts."""
+    """The non-empty cells of an item as (column, value), and its texts. A slot in a group says how to write, as a
+    length or a style does: it is no fact."""
     cells, texts = [], []
     for name in task.inputs:
-        if task.slots[name].type == "table":
+        slot = task.slots[name]
+        if slot.type == "table":
             cells += [(column, cell) for column, cell in cells_of(asked.get(name)) if not is_empty(cell)]
-        elif task.slots[name].type == "text" and asked.get(name) is not None:
+        elif slot.type == "text" and not slot.is_grouped and asked.get(name) is not None:
             texts.append(str(asked[name]))
     return cells, texts
 

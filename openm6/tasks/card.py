@@ -1,19 +1,21 @@
 """openm6.json of a model directory or an ONNX bundle: how records become sequences, and the tasks."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from openm6.core.errors import OpenM6Error, UsageError, suggest_path
 from openm6.core.files import require_format
+from openm6.tasks.grammar import parse, write
 from openm6.tasks.library import task_from_dict
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 
 NAME = "openm6.json"
-FORMAT = 1
-"""Version of openm6.json; another one is refused."""
+FORMAT = 2
+"""Version of openm6.json; another one is refused, but for 1, whose instructions have no groups."""
 
 
 def write_card(path: Path, processor: Processor, tasks: Iterable[Task]) -> None:
@@ -94,15 +96,26 @@ def read_card(path: Path) -> tuple[list[Task], int, int]:
         )
     try:
         content = _content(card)
+        if content["format"] == 1:
+            for task in content["tasks"]:
+                task["instructions"] = list(map(_from_format_1, task["instructions"]))
         tasks = [task_from_dict(d) for d in content["tasks"]]
         return tasks, int(content["max_length"]), int(content.get("prompt", 0))
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(card, error) from None
 
 
+def _from_format_1(text: str) -> str:
+    """An instruction of format 1, where a brace was a plain character, and no blank beside a slot part of a text."""
+    found = parse(re.sub("[{}]", r"\g<0>\g<0>", text))
+    bare = tuple(part.strip() if isinstance(part, str) else part for part in found.source)
+    return found.text if bare == found.source else write(bare, found.target)
+
+
 def _content(card: Path) -> dict[str, Any]:
     content = dict(json.loads(card.read_text("utf-8")))
-    require_format(card, content.get("format"), FORMAT)
+    if content.get("format") != 1:
+        require_format(card, content.get("format"), FORMAT)
     return content
 
 

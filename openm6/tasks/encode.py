@@ -13,13 +13,13 @@ from openm6.core.errors import ContextLengthError, DataError, UsageError
 from openm6.core.sequence import HeadTarget, ImageTarget, Sequence, SketchTarget, TextTarget
 from openm6.tasks import corrupt, drawn, sketch, target
 from openm6.tasks.forms import AfterReasoning, answer_constraint, characters
-from openm6.tasks.grammar import Instruction, slots_of
+from openm6.tasks.grammar import Instruction, Slot, slots_of
 from openm6.tasks.heads import HEADS
 from openm6.tasks.layout import lay_out
 from openm6.tasks.lengths import CHARACTERS
 from openm6.tasks.piece import Piece
 from openm6.tasks.processor import Processor
-from openm6.tasks.record import Record, record_errors, slot_errors, value_of, where
+from openm6.tasks.record import Record, is_given, labels_of, record_errors, slot_errors, value_of, where
 from openm6.tasks.slots import TYPES, image, messages
 from openm6.tasks.slots.text import as_text, spoken
 from openm6.tasks.task import Task
@@ -37,6 +37,10 @@ ANSWER = "_answer"
 
 TURNS = "_turns"
 """Key of a record of a conversation: "last" where its last answer alone is learned."""
+
+LISTED, LISTED_FRACTION = 32, 0.25
+"""Maximum number of labels that a prompt lists (`[choices|of=label]`), and fraction of the model's positions that they
+may take. More are not listed: the answer is restricted to them all the same."""
 
 VERDICT_FRACTION = 0.05
 """Fraction of the pictures that are whole and get verdicts: half of them are another record's."""
@@ -172,16 +176,23 @@ def _encode_source(encoding: _Encoding, record: Record, corrupted: bool = False)
     rng = None if task.draws and drawn.verdicts_of(record) else encoding.rng
     unguided = rng is not None and task.controls > 1 and rng.random() < UNGUIDED_FRACTION
     after_text = False  # two texts that touch are kept apart
-    for part in encoding.instruction.source:
+    lines = _lines(encoding.instruction) if processor.chat else frozenset()
+    for number, part in enumerate(encoding.instruction.source):
+        if number in lines and source.pieces:
+            source.pieces.append(spoken("\n", processor))
         if isinstance(part, str):
-            source.pieces.append(
-                spoken(part, processor) if processor.chat else Piece(processor.tokenizer.encode_often(part))
-            )
+            text = part if source.pieces else part.lstrip()
+            _add_text(source, processor, _between(text, number, lines))
             after_text = False
             continue
-        if part.drop and (record.get(part.name) is None or unguided or (rng is not None and rng.random() < part.drop)):
+        listed = _listed(encoding, record, part) if part.type == "choices" else ()
+        is_absent = not listed if part.type == "choices" else not is_given(record, part)
+        if part.is_optional and (is_absent or unguided or (rng is not None and part.drop and rng.random() < part.drop)):
             continue
-        value = value_of(task, record, part, encoding.rng, encoding.max_positions)
+        value = listed or value_of(task, record, part, encoding.rng, encoding.max_positions)
+        if part.before:
+            _add_text(source, processor, part.before if source.pieces else part.before.lstrip())
+            after_text = False
         with slot_errors(record, part):
             if (part.mask or part.prefix) and corrupted:
                 text = as_text(value)
@@ -200,7 +211,46 @@ def _encode_source(encoding: _Encoding, record: Record, corrupted: bool = False)
         source.places[part.name] = len(source.pieces)
         source.pieces.append(piece)
         after_text = part.type in target.SPOKEN
+        if part.after:
+            _add_text(source, processor, part.after)
+            after_text = False
     return source
+
+
+_ON_LINES = ("text", "table", "triples")
+"""Slot types that stand on lines of their own where a chat template asks."""
+
+
+def _lines(instruction: Instruction) -> frozenset[int]:
+    """The numbers of the parts that begin a line where a chat template asks: where the line of the instruction has a
+    blank beside a text, a table or triples that are not in a group, as in a letter; elsewhere it runs on."""
+    parts = instruction.source
+
+    def stands_alone(part: str | Slot) -> bool:
+        return isinstance(part, Slot) and part.type in _ON_LINES and not part.is_grouped
+
+    return frozenset(
+        number for number in instruction.apart if stands_alone(parts[number]) or stands_alone(parts[number - 1])
+    )
+
+
+def _between(text: str, number: int, lines: frozenset[int]) -> str:
+    """A plain text without the blanks that its line breaks take the place of."""
+    text = text.lstrip() if number in lines else text
+    return text.rstrip() if number + 1 in lines else text
+
+
+def _add_text(source: _Source, processor: Processor, text: str) -> None:
+    source.pieces.append(spoken(text, processor) if processor.chat else Piece(processor.tokenizer.encode_often(text)))
+
+
+def _listed(encoding: _Encoding, record: Record, slot: Slot) -> tuple[str, ...]:
+    """The labels that the prompt lists: those of the record or the task, if they are few and short enough."""
+    labels = labels_of(encoding.task, record, slot.of, encoding.max_positions)
+    if len(labels) > LISTED:
+        return ()
+    room = encoding.processor.max_length * LISTED_FRACTION
+    return labels if len(TYPES["choices"].target(labels, encoding.processor)) <= room else ()
 
 
 def _encode_target(encoding: _Encoding, record: Record, complements: Mapping[str, str]) -> Items[int]:
@@ -224,23 +274,16 @@ def _encode_shot(encoding: _Encoding, record: Record) -> list[Turn]:
         )
     source = _encode_source(encoding, record, corrupted=True)
     answer = _encode_target(encoding, record, source.complements)
-    asked = _user_turn([piece._replace(cuttable=False) for piece in source.pieces], processor)
+    asked = Turn("user", [piece._replace(cuttable=False) for piece in source.pieces])
     text = processor.tokenizer.decode(answer) if processor.chat else None
     return [asked, Turn("assistant", [Piece((), text=text) if text else Piece(answer)])]
-
-
-def _user_turn(pieces: list[Piece], processor: Processor) -> Turn:
-    """The parts of an instruction as a turn. In a chat template's form each stands on a line of its own."""
-    if processor.chat is None:
-        return Turn("user", pieces)
-    return Turn("user", [one for piece in pieces for one in (Piece((), text="\n"), piece)][1:])
 
 
 def _turns(encoding: _Encoding, source: _Source, shots: Items[list[Turn]]) -> tuple[list[Turn], list[list[Turn]]]:
     """The turns before an answer: those that stay, and groups of which the first are left out where there is no room.
     The last group is the question."""
     chat, own = encoding.processor.chat, source.turns
-    asked = own or [_user_turn(source.pieces, encoding.processor)]
+    asked = own or [Turn("user", source.pieces)]
     text = encoding.system if encoding.system is not None else encoding.task.system or (chat.system if chat else "")
     head = [Turn("system", [spoken(text, encoding.processor)])] if text else []
     if asked[0].role == "system":

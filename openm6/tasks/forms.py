@@ -14,7 +14,7 @@ from openm6.core.tokenizer import HALF, Tokenizer
 from openm6.tasks import target
 from openm6.tasks.chat import ChatFormat
 from openm6.tasks.grammar import slots_of
-from openm6.tasks.record import Record, slot_errors, value_of
+from openm6.tasks.record import Record, labels_of, slot_errors, value_of
 from openm6.tasks.slots import box
 from openm6.tasks.slots.text import as_text
 from openm6.tasks.task import Task
@@ -176,8 +176,8 @@ _ANSWERS = 100_000
 
 
 def answer_constraint(task: Task, record: Record, tokenizer: Tokenizer) -> Constraint | None:
-    """The constraint of an answer of labels from known sets, of one box, or of one verse; else None. Raises DataError
-    for a record with an unknown form of verse."""
+    """The constraint of an answer of labels from known sets (the record's choices, else the task's), of one box, or of
+    one verse; else None. Raises DataError for a record with an unknown form of verse."""
     side = task.instructions[0].target
     slot = task.slots[task.outputs[0]] if len(side) == 1 and len(task.outputs) == 1 else None
     if slot and slot.type == "box":
@@ -187,7 +187,7 @@ def answer_constraint(task: Task, record: Record, tokenizer: Tokenizer) -> Const
         value = value_of(task, record, form)
         with slot_errors(record, form):
             return Verse(*form_of(as_text(value)), tokenizer)
-    sets = tuple(task.labels.get(name, ()) for name in task.outputs)
+    sets = tuple(labels_of(task, record, name) for name in task.outputs)
     return _trie(side, sets, tokenizer) if all(sets) and prod(map(len, sets)) <= _ANSWERS else None
 
 

@@ -14,6 +14,7 @@ it comes from the loss, not from answers.
     spearman      rank correlation of numbers, -1 to 1 (an answer that is not a number counts as 0)
     iou           mean overlap of boxes, 0 to 1: intersection over union with the reference
     found         fraction of the boxes that overlap the reference by 0.5 or more
+    cell_f1       of tables: mean F1 of the cells, each with its column's name, 0 to 1; texts equal by accuracy are one
     macro_f1      of labels: mean over the labels of F1, 0 to 1; texts equal by accuracy are one label"""
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import numpy as np
 from openm6.core.errors import DataError, UsageError, cut, suggest
 from openm6.core.extras import require
 from openm6.tasks.slots.label import normalize_label
+from openm6.tasks.slots.table import cells_of
 
 if TYPE_CHECKING:
     from openm6.tasks.task import Task
@@ -94,6 +96,13 @@ def rouge_l(said: str, wanted: str) -> float:
     answer, reference = characters(said), characters(wanted)
     total = len(answer) + len(reference)
     return 2 * common_length(answer, reference) / total if total else 1.0
+
+
+@_nearest
+def cell_f1(said: str, wanted: str) -> float:
+    first, second = (Counter((_plain(name), _plain(cell)) for name, cell in cells_of(one)) for one in (said, wanted))
+    total = first.total() + second.total()
+    return 2 * (first & second).total() / total if total else 1.0
 
 
 def _form(text: str) -> list[int]:
@@ -254,7 +263,7 @@ Metric = Callable[[list[str], list[list[str]]], Values | float | Sequence[float]
 METRICS: dict[str, Metric] = {
     "accuracy": accuracy, "exact_match": exact_match, "character_accuracy": character_accuracy, "bleu": bleu,
     "rouge_l": rouge_l, "cider": cider, "same_form": same_form, "spearman": spearman, "iou": iou, "found": found,
-    "macro_f1": macro_f1,
+    "cell_f1": cell_f1, "macro_f1": macro_f1,
 }  # fmt: skip
 
 BUILT_IN = frozenset(METRICS)
@@ -281,7 +290,7 @@ def check_metric(metric: str, task: Task) -> None:
         known = (*METRICS, *ELSEWHERE)
         raise UsageError(f"There is no metric {metric}.{suggest(metric, known)} There are: {', '.join(known)}.")
     kind, inputs = task.slots[task.outputs[0]].type, {task.slots[name].type for name in task.inputs}
-    needs = {"iou": "box", "found": "box", "macro_f1": "label"}.get(metric, kind)
+    needs = {"iou": "box", "found": "box", "macro_f1": "label", "cell_f1": "table"}.get(metric, kind)
     from_table = metric in ("parent", "facts_kept")
     if task.embeds:
         reason = "the task gives a vector, and is measured by how well it finds another task's"

@@ -9,6 +9,7 @@ import numpy as np
 from openm6.core.errors import DataError, UsageError, cut, suggest
 from openm6.tasks.grammar import Slot
 from openm6.tasks.lengths import check_value
+from openm6.tasks.slots.choices import as_choices
 from openm6.tasks.slots.label import normalize_label
 from openm6.tasks.task import Task
 
@@ -34,14 +35,34 @@ def value_of(
     if max_positions is not None and slot.type != "image":
         with slot_errors(record, slot):
             check_value(value, max_positions)
-    known = task.labels.get(slot.name)
+    known = labels_of(task, record, slot.name)
     if known and normalize_label(str(value)) not in known:
+        whose = "task's" if known is task.labels.get(slot.name) else "record's"
         listed = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
         raise DataError(
-            f"{where(record)}{slot.name}: {cut(value)!r} is none of the task's labels."
+            f"{where(record)}{slot.name}: {cut(value)!r} is none of the {whose} labels."
             f"{suggest(str(value), known)} They are: {listed}."
         )
     return value
+
+
+def is_given(record: Record, slot: Slot) -> bool:
+    """Whether a record has a value for a slot. For choices and for a slot in a group, such as a column that is filled
+    in some rows, an empty text or list is none."""
+    value = record.get(slot.name)
+    is_additional = slot.is_grouped or slot.type == "choices"
+    return value is not None and not (is_additional and isinstance(value, (str, list)) and not value)
+
+
+def labels_of(task: Task, record: Record, name: str, max_positions: int | None = None) -> tuple[str, ...]:
+    """The labels that a slot on the right can have: the choices that the record lists for it, else the task's; () where
+    none are known. `max_positions`: as in `value_of`. Raises DataError that names the slot of the choices."""
+    for slot in task.slots.values():
+        if slot.of == name and is_given(record, slot):
+            with slot_errors(record, slot):
+                check_value(record[slot.name], max_positions)
+                return as_choices(record[slot.name])
+    return task.labels.get(name, ())
 
 
 def where(record: Record) -> str:

@@ -162,7 +162,7 @@ class Task:
                     param=cut(name),
                 )
         for name in self.inputs:
-            if name not in given and not self.slots[name].drop:
+            if name not in given and not self.slots[name].is_optional:
                 raise UsageError(f"{name} is missing: the task {self.name} takes {', '.join(self.inputs)}.", param=name)
 
     def check_draws(self) -> None:
@@ -196,12 +196,13 @@ class Task:
             properties[name] = TYPES[self.slots[name].type].schema()
             if name in self.labels:
                 properties[name]["enum"] = list(self.labels[name])
-        required = [name for name in names if not self.slots[name].drop]
+        required = [name for name in names if not self.slots[name].is_optional]
         return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
     def texts(self) -> Iterator[str]:
         """The texts of the task itself, its instructions and labels, which a tokenizer has to know."""
         for instruction in self.instructions:
-            yield from (part for part in (*instruction.source, *instruction.target) if isinstance(part, str))
+            for part in (*instruction.source, *instruction.target):
+                yield from filter(None, (part,) if isinstance(part, str) else (part.before, part.after))
         for labels in self.labels.values():
             yield from labels

@@ -15,6 +15,7 @@ from PIL import Image
 
 from openm6.core.errors import DataError
 from openm6.core.sequence import CAUSAL, Sequence
+from openm6.tasks.grammar import Slot
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +31,8 @@ def picture_bytes(value: int = 0, format: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-@dataclass(frozen=True)
-class NumberSlot:
-    name: str
-    type: str
-    drop: float = 0.0
+def number_slot(name: str, kind: str, drop: float = 0.0) -> Slot:
+    return Slot(kind, name, drop=drop)
 
 
 @dataclass
@@ -43,7 +41,7 @@ class NumberTask:
     random draw."""
 
     name: str = "number"
-    slots: Mapping[str, NumberSlot] = field(default_factory=lambda: {"text": NumberSlot("text", "text")})
+    slots: Mapping[str, Slot] = field(default_factory=lambda: {"text": number_slot("text", "text")})
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ("text",)
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,14 +7,14 @@ import pytest
 from openm6.core.errors import DataError, UsageError
 from openm6.data.columns import SlotView, map_columns
 from openm6.data.store import ListRecords
-from tests.data.conftest import NumberSlot, NumberTask
+from tests.data.conftest import NumberTask, number_slot
 
 VQA = NumberTask(
     "vqa",
     slots={
-        "photo": NumberSlot("photo", "image"),
-        "question": NumberSlot("question", "text"),
-        "answer": NumberSlot("answer", "text"),
+        "photo": number_slot("photo", "image"),
+        "question": number_slot("question", "text"),
+        "answer": number_slot("answer", "text"),
     },
     inputs=("photo", "question"),
     outputs=("answer",),
@@ -21,7 +22,7 @@ VQA = NumberTask(
 )
 CAPTION = NumberTask(
     "caption",
-    slots={"photo": NumberSlot("photo", "image"), "caption": NumberSlot("caption", "text")},
+    slots={"photo": number_slot("photo", "image"), "caption": number_slot("caption", "text")},
     inputs=("photo",),
     outputs=("caption",),
 )
@@ -46,10 +47,19 @@ def test_the_only_column_of_a_type_is_taken_and_of_two_none() -> None:
 
 
 def test_a_slot_that_may_be_dropped_needs_no_column() -> None:
-    slots = {"hint": NumberSlot("hint", "text", drop=0.5), "caption": NumberSlot("caption", "text")}
+    slots = {"hint": number_slot("hint", "text", drop=0.5), "caption": number_slot("caption", "text")}
     task = NumberTask("hinted", slots=slots, inputs=("hint",))
     assert map_columns(task, ["caption"], {}) == {"caption": "caption"}
     assert map_columns(task, ["caption", "hint"], {}) == {"hint": "hint", "caption": "caption"}
+
+
+def test_a_slot_in_a_group_takes_a_column_by_its_name_alone() -> None:
+    """An optional style does not make the one text of a table unclear, nor take it."""
+    style = replace(number_slot("style", "text", 0.5), before="风格:")
+    task = NumberTask("styled", slots={"style": style, "copy": number_slot("copy", "text")}, inputs=("style",))
+    assert map_columns(task, ["文案"], {}, [{"文案": "好看"}]) == {"copy": "文案"}
+    assert map_columns(task, ["copy", "备注"], {}, [{"copy": "好看", "备注": "急"}]) == {"copy": "copy"}
+    assert map_columns(task, ["copy", "style"], {}) == {"style": "style", "copy": "copy"}
 
 
 def test_wrong_mappings_are_refused_with_a_suggestion() -> None:
@@ -110,7 +120,7 @@ def test_a_picture_elsewhere_is_not_fetched(url: str, root: str) -> None:
 
 REVIEW = NumberTask(
     "review",
-    slots={"text": NumberSlot("text", "text"), "label": NumberSlot("label", "label")},
+    slots={"text": number_slot("text", "text"), "label": number_slot("label", "label")},
     inputs=("text",),
     outputs=("label",),
 )

@@ -16,7 +16,7 @@ from openm6.data.loader import Entry, Loader
 from openm6.data.rejects import Rejects
 from openm6.data.source import Source, open_source
 from openm6.data.store import ListRecords
-from tests.data.conftest import NumberSlot, NumberTask, number_example, numbers, picture_bytes
+from tests.data.conftest import NumberTask, number_example, number_slot, numbers, picture_bytes
 
 Seen = list[tuple[str, int, int]]
 
@@ -198,7 +198,7 @@ def test_missing_truncated_and_huge_pictures_are_skipped_and_named(tmp_path: Pat
     names = ["good.jpg"] * 40 + ["cut.jpg", "missing.jpg", "text.png", "huge.png"]
     (tmp_path / "a.csv").write_text("image,text\n" + "".join(f"{n},{i}\n" for i, n in enumerate(names)))
     rejects = Rejects(tmp_path / "r.jsonl", max_fraction=0.2)
-    task = NumberTask(slots={s.name: s for s in (NumberSlot("photo", "image"), NumberSlot("text", "text"))})
+    task = NumberTask(slots={s.name: s for s in (number_slot("photo", "image"), number_slot("text", "text"))})
     source = [Entry("a", open_source(tmp_path / "a.csv"), task, encode=picture_example)]  # type: ignore[arg-type]
     seen = {n for step in steps(loader(source, batch_size=11, rejects=rejects), 4) for _, n, _ in step}
     assert seen == set(range(40))

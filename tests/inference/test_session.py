@@ -152,6 +152,19 @@ def test_label_probabilities_of_bad_records_and_of_other_tasks(session: Session)
     assert list(session.label_probabilities(only, [{"a": "红"}])) == [{"鞋": 1.0}]
 
 
+def test_label_probabilities_are_of_the_choices_of_each_record(session: Session) -> None:
+    """In one call; and the answer is one of them."""
+    open_set = Task.from_instruction("[text:a]{可选: [choices|of=kind]。} -> [label:kind]")
+    records = [{"a": "红", "choices": some} for some in ("鞋,包", ["红", "蓝", "绿"], "鞋,包")]
+    found = list(session.label_probabilities(open_set, records))
+    assert [list(one) for one in found] == [["鞋", "包"], ["红", "蓝", "绿"], ["鞋", "包"]] and found[0] == found[2]
+    for record, one, answer in zip(records, found, session.run_many(open_set, records), strict=True):
+        (alone,) = session.label_probabilities(open_set.with_labels({"kind": list(one)}), [{"a": record["a"]}])
+        assert one == pytest.approx(alone) and answer in one
+    with pytest.raises(UsageError, match="its one output has to be a label of a set"):
+        list(session.label_probabilities(open_set, [{"a": "红"}]))
+
+
 def test_the_command_tells_the_probabilities_of_labels(session: Session, tmp_path: Path) -> None:
     session.save(tmp_path / "m")
     (tmp_path / "a.png").write_bytes(picture())
@@ -354,8 +367,8 @@ def test_a_model_with_a_damaged_card_or_weights_is_told(session: Session, tmp_pa
     card.write_text(content[:20], "utf-8")
     with pytest.raises(OpenM6Error, match="openm6.json is damaged"):
         Session.load(tmp_path)
-    card.write_text(json.dumps({**json.loads(content), "format": 2}), "utf-8")
-    with pytest.raises(OpenM6Error, match="openm6.json has the format 2; this version of OpenM6 reads 1"):
+    card.write_text(json.dumps({**json.loads(content), "format": 3}), "utf-8")
+    with pytest.raises(OpenM6Error, match="openm6.json has the format 3; this version of OpenM6 reads 2"):
         Session.load(tmp_path)
     card.write_text(content, "utf-8")
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from openm6.core.errors import ErrorKind
-from openm6.inference.labels import LabelTree
+from openm6.inference.labels import LabelTrees
 from openm6.inference.session import Session
 from openm6.serve.server import highest_cost
 from openm6.serve.worker import described
@@ -93,7 +93,7 @@ def test_probabilities_cost_the_answer_and_the_labels_that_are_read(session: Ses
     watched.ask("answer", "kind", record=record, decoding=decoding)
     watched.ask("both", "kind", record=record, decoding=decoding, probabilities=True)
     found = watched.finish()
-    read = LabelTree(session.task("kind"), session.processor).cost
+    read = LabelTrees(session.task("kind"), session.processor).of({}).cost
     assert found["both"].value["value"] == found["answer"].value
     assert found["both"].tokens == found["answer"].tokens + read
     assert found["both"].prompt_tokens == found["answer"].prompt_tokens > 0

@@ -161,6 +161,13 @@ def test_an_item_gives_plain_numbers_and_no_entities(tmp_path: Path) -> None:
         ]  # fmt: skip
 
 
+def test_a_wish_is_no_fact() -> None:
+    """A length in characters permits no number in a text."""
+    record = {"attributes": {"颜色": "红色"}, "length": "50字", "style": "真丝般柔和"}
+    assert facts_of(get("product_copy"), record) == ([("颜色", "红色")], [])
+    assert facts_of(get("summary"), {"passage": "售价50元", "length": "20字"}) == ([], ["售价50元"])
+
+
 def test_what_people_and_spreadsheets_write_into_an_empty_cell_gives_nothing() -> None:
     for cell in (
         None,

@@ -1,6 +1,7 @@
 """Every task of the library does what it says, on its own example."""
 
 from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from openm6.inference import Decoding
 from openm6.inference.draw import Drawing
 from openm6.model.codec import Codec, CodecConfig
 from openm6.tasks.encode import encode_example, encode_prompt
+from openm6.tasks.grammar import Slot
 from openm6.tasks.library import get, names, task_from_dict
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
@@ -75,8 +77,9 @@ PLAIN = [name for name in names() if not (get(name).draws or get(name).embeds or
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_task_works_on_its_example(processor: Processor, name: str) -> None:
     task = get(name)
-    assert task.name == name and task.description and task.metrics and set(task.example) == set(task.slots)
-    processor = Processor(processor.tokenizer, processor.grid, 128)
+    assert task.name == name and task.description and task.metrics
+    assert set(task.slots) - set(task.example) <= {s.name for s in task.slots.values() if s.is_grouped}
+    processor = Processor(processor.tokenizer, processor.grid, 512)
     for seed in range(6):
         found = encode_example(task, example(task), processor, np.random.default_rng(seed))
         answer = task.read(found.labels[found.labels != IGNORE].tolist(), processor)
@@ -86,6 +89,70 @@ def test_a_task_works_on_its_example(processor: Processor, name: str) -> None:
     assert Decoding.of(**task.decode).max_new_tokens >= 16
     assert task_from_dict(task.to_dict()) == task
     assert set(task.schema()["inputs"]["properties"]) == set(task.inputs)
+
+
+ENGLISH = [name for name in names() if name.endswith("_en")]
+FEW = {
+    "language_modelling", "text_denoising", "image_captioning", "image_text_denoising", "masked_captioning", "caption",
+    "vqa", "ocr", "grounding", "product_attributes", "placed_attributes", "located_attributes", "worn_attributes",
+}  # fmt: skip
+"""Pretraining objectives, which have no words, and tasks on pictures that classify nothing."""
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name in PLAIN or get(name).sketch])
+def test_a_task_has_six_different_instructions(name: str) -> None:
+    instructions = get(name).instructions
+    assert name in FEW or len({(one.source, one.target) for one in instructions}) == len(instructions) >= 6
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if any(s.type == "label" for s in get(name).slots.values())])
+def test_classification_names_its_classes(processor: Processor, name: str) -> None:
+    """But for the attributes of a picture, whose sets are those of the data."""
+    task = get(name)
+    if name in FEW:
+        return
+    label = task.outputs[0]
+    labels = task.labels.get(label) or ("好评", "差评")
+    task = task.with_labels({label: labels})
+    tokenizer = processor.tokenizer
+    processor = Processor(tokenizer, processor.grid, 512)
+    record = {name: value for name, value in example(task).items() if name != "choices"} | {label: labels[0]}
+    mark = ", " if all(map(str.isascii, labels)) else "、"
+    for instruction in task.instructions:
+        (slot,) = (part for part in instruction.source if isinstance(part, Slot) and part.type == "choices")
+        ids = encode_prompt(replace(task, instructions=(instruction,)), record, processor).ids.tolist()
+        assert slot.of == label and mark.join(labels) in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", [name for name in names() if any(s.is_optional for s in get(name).slots.values())])
+def test_what_is_left_out_leaves_no_words(processor: Processor, name: str) -> None:
+    """With every subset of the optional slots the prompt is that of an instruction without the others, in each of the
+    task's instructions."""
+    codec = PictureCodec(Codec(CodecConfig(image_size=16, widths=[8, 16], patch=2, levels=[4, 4], depth=1)))
+    processor = Processor(processor.tokenizer, processor.grid, 1024, codec)
+    # Choices are the record's here: labels that the task knows are listed without it.
+    task = replace(get(name), labels={})
+    record = {name: "七" for name in task.slots} | {"choices": ["七", "八"]} | example(task)
+    optional = [name for name in task.inputs if task.slots[name].is_optional]
+    for count, instruction in product(range(len(optional) + 1), task.instructions):
+        for kept in combinations(optional, count):
+            given = {name: value for name, value in record.items() if name not in optional or name in kept}
+            source = tuple(p for p in instruction.source if isinstance(p, str) or p.name in given)
+            whole, shorter = (
+                encode_prompt(replace(task, instructions=(one,)), given, processor).ids
+                for one in (instruction, replace(instruction, source=source))
+            )
+            assert np.array_equal(whole, shorter)
+
+
+@pytest.mark.parametrize("name", ENGLISH)
+def test_an_english_task_is_the_chinese_one_in_other_words(name: str) -> None:
+    task, other = get(name), get(name.removesuffix("_en"))
+    assert {n: s.type for n, s in task.slots.items() if s.type != "choices"} == {
+        n: s.type for n, s in other.slots.items() if s.type != "choices"
+    }
+    assert (task.metrics, task.aliases, task.outputs) == (other.metrics, other.aliases, other.outputs)
+    assert all(map(str.isascii, task.texts())) and set(task.example) >= set(task.outputs)
 
 
 @pytest.mark.parametrize("name", [name for name in names() if not get(name).converses])

@@ -242,3 +242,12 @@ def test_overlap_of_boxes_by_hand() -> None:
     wanted = [[whole], [whole], [away], [away, "[0.25, 0, 0.5, 1]"], [whole]]
     assert METRICS["iou"](said, wanted).examples == pytest.approx([1, 0.5, 0, 0.5, 0])
     assert METRICS["found"](said, wanted).examples.tolist() == [1, 1, 0, 1, 0]
+
+
+def test_cells_of_a_table_are_compared_with_the_names_of_their_columns() -> None:
+    wanted = [['{"颜色": "红色", "品类": "围巾"}']] * 6
+    said = [
+        '[{"品类": "围巾", "颜色": "红色"}]', '{"颜色": "红色。"}', '{"颜色": "围巾", "品类": "红色"}', "红色的围巾",
+        "[]", '[{"颜色": "红色"}, {"颜色": "红色"}]',
+    ]  # fmt: skip
+    assert METRICS["cell_f1"](said, wanted).examples == pytest.approx([1, 2 / 3, 0, 0, 0, 0.5])

@@ -6,7 +6,7 @@ from typing import Any, NoReturn, Protocol
 from openm6.core.errors import UsageError
 from openm6.tasks.piece import Piece
 from openm6.tasks.processor import Processor
-from openm6.tasks.slots import box, image, label, messages, table, text, triples
+from openm6.tasks.slots import box, choices, image, label, messages, table, text, triples
 
 
 class SlotType(Protocol):
@@ -45,6 +45,6 @@ VECTOR = OutputSlot("a vector", lambda: {"type": "array", "items": {"type": "num
 """A vector that represents the input: the network's output where the answer would begin, at length 1."""
 
 TYPES: dict[str, SlotType] = {
-    "text": text, "image": image, "label": label, "table": table, "triples": triples, "box": box, "vector": VECTOR,
-    "messages": messages,
+    "text": text, "image": image, "label": label, "choices": choices, "table": table, "triples": triples, "box": box,
+    "vector": VECTOR, "messages": messages,
 }  # fmt: skip
