@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -27,14 +27,18 @@ Output = Annotated[Path, typer.Argument(help="Model directory to write.")]
 
 @models.command("import")
 def import_(
+    context: typer.Context,
     path: Annotated[
         Path,
         typer.Argument(
             help="A text checkpoint of Qwen3, Qwen3-MoE, Qwen2, Llama 3, SmolLM2 or Mistral: a directory "
-            "(config.json, safetensors, tokenizer.json) or a GGUF file."
+            "(config.json, safetensors, tokenizer.json) or a GGUF file; or a LoRA adapter of PEFT's for one."
         ),
     ],
     output: Output,
+    base: Annotated[
+        str, typer.Option(help="Of an adapter: the model imported from the checkpoint that it was trained on.")
+    ] = "",
     image_embedder: Annotated[
         str, typer.Option(help="Image encoder with random weights: stem, patch, resnet or none.")
     ] = "none",
@@ -42,10 +46,24 @@ def import_(
     max_length: Annotated[int, typer.Option(min=8, help="Maximum length of an example in positions.")] = 1024,
     json: Json = False,
 ) -> None:
-    """Import an open checkpoint as the backbone: the same weights, added tokens, image input on request."""
+    """Import an open checkpoint as the backbone: the same weights, added tokens, image input on request. Or import an
+    adapter for one."""
     require_new(output)
     if not path.exists():
         raise UsageError(f"{path} is not a checkpoint: there is no such path.{suggest_path(path)}")
+    if (path / "adapter_config.json").is_file():
+        refuse_idle(context, ("path", "output", "base", "json"), "an adapter changes its base model alone.")
+        if not base:
+            raise UsageError(f"{path} is an adapter: give the model directory of its base, --base MODEL.")
+        place = find(base)
+
+        from openm6.weights.lora import import_adapter
+
+        import_adapter(path, place, output)
+        tell(json, {"adapter": str(output), "base": str(place)}, f"{output}: an adapter of {place}.")
+        return
+    if base:
+        raise UsageError(f"--base does nothing here: {path} is no adapter (it has no adapter_config.json).")
 
     from openm6.compress.convert import import_model
 
@@ -147,14 +165,39 @@ def quantize(
 
 @models.command()
 def export(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help=MODEL)],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
-    bits: Annotated[int | None, typer.Option(help="Bits per weight: 8 or 4. Default: 32.")] = None,
+    form: Annotated[
+        Literal["onnx", "huggingface", "gguf"],
+        typer.Option(
+            "--format",
+            help="onnx: a bundle with a program that runs it without PyTorch; huggingface: for transformers, vLLM, "
+            "SGLang, PEFT; gguf: for llama.cpp.",
+        ),
+    ] = "onnx",
+    bits: Annotated[int | None, typer.Option(help="onnx: bits per weight, 8 or 4. Default: 32.")] = None,
+    dtype: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"] | None,
+        typer.Option(help="huggingface, gguf: precision of the weights (q8_0: gguf). Default: as they are."),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Export a model as an ONNX bundle, with a program that runs it without PyTorch."""
+    """Export a model for programs of others: an ONNX bundle, a Hugging Face checkpoint, or a GGUF file."""
     require_new(output)
+    heeded = {"onnx": "bits", "huggingface": "dtype", "gguf": "dtype"}[form]
+    refuse_idle(context, ("model", "output", "form", "json", heeded), f"--format {form} takes --{heeded} alone.")
+    if form == "huggingface" and dtype == "q8_0":
+        raise UsageError("--dtype q8_0 is for --format gguf; a Hugging Face checkpoint takes f32, f16 or bf16.")
     place = find(model)
+    if form != "onnx":
+        from openm6.compress.convert import export_model
+
+        with counted("MB") as progress:
+            export_model(place, output, form, dtype, progress)
+        size = sum(file.stat().st_size for file in output.iterdir())
+        tell(json, {"directory": str(output), "format": form, "bytes": size}, f"{output}: {size / 2**20:.1f} MiB.")
+        return
 
     from openm6.edge.package import export as write
 
@@ -245,9 +288,12 @@ def show(
     if json:
         emit(details)
         return
+
+    from openm6.weights.origin import licences
+
     if origin := details.pop("origin", None):
-        details["weights from"] = origin["name"]
-        details["licence"] = ", ".join(value for key, value in origin.items() if key.startswith("license")) or "unknown"
+        for name, terms in licences(origin).items():
+            details[f"licence of {name}"] = terms
     table(["", ""], details.items(), title)
 
 

@@ -26,6 +26,8 @@ def write_card(path: Path, processor: Processor, tasks: Iterable[Task]) -> None:
         content["seen_tokens"] = _ranges(processor.seen_tokens)
     if processor.origin:
         content["origin"] = processor.origin
+    if processor.checkpoint:
+        content["checkpoint"] = processor.checkpoint
     (path / NAME).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
 
@@ -51,6 +53,16 @@ def read_origin(path: Path) -> dict[str, str] | None:
         origin = _content(card).get("origin")
         return None if origin is None else {str(key): str(value) for key, value in origin.items()}
     except (OSError, ValueError, AttributeError) as error:
+        raise _damaged(card, error) from None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any] | None:
+    """What the card of a directory has of the configurations of the checkpoint that its weights began with."""
+    card = path / NAME
+    try:
+        found = _content(card).get("checkpoint")
+        return None if found is None else {str(key): dict(value) for key, value in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise _damaged(card, error) from None
 
 

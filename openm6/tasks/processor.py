@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from openm6.core.images import ImageGrid
 from openm6.core.tokenizer import Tokenizer
@@ -23,7 +23,8 @@ class Processor:
     prompt       number of positions before every example that an adapter fills
     seen_tokens  ids that the model has met in training; None: unknown
     source       how the model reads a source: a key of SOURCE_BLOCKS
-    origin       name and licence of the checkpoint that the weights began with; None: they began at random"""
+    origin       name and licence of the checkpoint that the weights began with; None: they began at random
+    checkpoint   keys of that checkpoint's configurations that an export writes again (weights/checkpoint.py)"""
 
     tokenizer: Tokenizer
     grid: ImageGrid
@@ -33,3 +34,4 @@ class Processor:
     seen_tokens: frozenset[int] | None = None
     source: str = "bidirectional"
     origin: dict[str, str] | None = None
+    checkpoint: dict[str, Any] | None = None

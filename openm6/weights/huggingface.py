@@ -14,7 +14,7 @@ from openm6.core.errors import OpenM6Error, UsageError
 from openm6.core.tokenizer import open_fast
 from openm6.model.files import open_tensors, weight_files
 from openm6.weights.checkpoint import Checkpoint, Stored, check_tensors
-from openm6.weights.families import Part, model_config
+from openm6.weights.families import Part, kept_keys, model_config
 from openm6.weights.origin import read_origin
 
 JSON_LIMIT = 64 * 2**20
@@ -29,10 +29,11 @@ def open_huggingface(path: Path) -> Checkpoint:
         if files := sorted(path.glob("*.gguf")):
             raise UsageError(f"{path} has no config.json, but GGUF files: import one of them, such as {files[0]}.")
         raise UsageError(f"{path} has no config.json: give the directory of a Hugging Face checkpoint.")
-    config = model_config(_json_of(path / "config.json"), path / "config.json")
+    theirs = json_of(path / "config.json")
+    config = model_config(theirs, path / "config.json")
     if not any(path.glob("*.safetensors*")) and (pickled := [f for f in path.iterdir() if f.suffix in PICKLED]):
         raise is_pickled(min(pickled))
-    stored = _stored(path)
+    stored = stored_tensors(path)
 
     def find(part: Part) -> Stored:
         if part.name not in stored:
@@ -47,10 +48,19 @@ def open_huggingface(path: Path) -> Checkpoint:
         raise UsageError(
             f"{path / 'config.json'}: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight."
         )
-    return Checkpoint(path, config, find, lambda: open_fast(path), read_origin(path))
+    kept = {"config": kept_keys(theirs, path / "config.json"), "tokenizer_config": _tokenizer_config(path)}
+    return Checkpoint(path, config, find, lambda: open_fast(path), read_origin(path), kept)
 
 
-def _json_of(file: Path) -> dict[str, Any]:
+def _tokenizer_config(path: Path) -> dict[str, Any]:
+    """The special tokens by name, and what else transformers' class is told; tokenizer.json has all tokens."""
+    names = ("special_tokens_map.json", "tokenizer_config.json")  # older and newer versions
+    found = {key: value for name in names if (path / name).is_file() for key, value in json_of(path / name).items()}
+    return {key: value for key, value in found.items() if key not in ("added_tokens_decoder", "auto_map")}
+
+
+def json_of(file: Path) -> dict[str, Any]:
+    """The object in a JSON file from outside. Raises OpenM6Error where there is none, or more than JSON_LIMIT."""
     if file.stat().st_size > JSON_LIMIT:
         raise OpenM6Error(f"{file} has more than {JSON_LIMIT // 2**20} MiB.")
     try:
@@ -59,7 +69,7 @@ def _json_of(file: Path) -> dict[str, Any]:
         raise OpenM6Error(f"{file} is not valid JSON.") from None
 
 
-def _stored(path: Path) -> dict[str, Stored]:
+def stored_tensors(path: Path) -> dict[str, Stored]:
     """All tensors of safetensors files, whose headers the library checks."""
     found = {}
     with open_tensors(path) as where:
@@ -96,4 +106,11 @@ def is_pickled(file: Path) -> UsageError:
     return UsageError(
         f"{file} is pickled: it can run code and is not read. Convert it where you trust it, by transformers' "
         "AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(OUTPUT), and import the output."
+    )
+
+
+def is_pickled_adapter(file: Path) -> UsageError:
+    return UsageError(
+        f"{file} is pickled: it can run code and is not read. Convert it where you trust it, by PEFT's "
+        "PeftModel.from_pretrained(MODEL, DIRECTORY).save_pretrained(OUTPUT), and import the output."
     )
