@@ -84,9 +84,10 @@ def import_adapter(path: Path, base: Path, output: Path) -> None:
             weights |= {f"{PREFIX}{name}.lora_A.weight": one.a, f"{PREFIX}{name}.lora_B.weight": one.b}
             scales[name] = one.scale
     if low:
-        raise UsageError(
-            f"{path} adapts {min(low)}, which is no linear layer of {base}: it is an adapter of another model."
+        reason = (
+            "weights of experts cannot be converted" if ".experts." in min(low) else "is it an adapter of another one"
         )
+        raise UsageError(f"{path} adapts {min(low)}, which is no linear layer of the model {base}: {reason}.")
     processor, tasks = open_processor(base)
     indices = {}
     for ours, theirs in _MATRICES.items():
@@ -131,16 +132,19 @@ def export_adapter(path: Path, output: Path) -> None:
     exported, kept = open_model(base), read_checkpoint(path) or {}
     low, rows = _read(path, content)
     ranks: Mapping[str, list[int]] = kept.get("adapter_ranks", {})
-    theirs = {
-        _module(part.name): one
-        for joined in _layers(read_config(base)) if (found := low.pop(_module(joined.name), None))
-        for part, one in _part(joined, found, ranks.get(_module(joined.name)))
-    }  # fmt: skip
+    theirs: dict[str, _Low] = {}
+    for joined in _layers(config := read_config(base)):
+        if found := low.pop(_module(joined.name), None):
+            if config.num_experts and ".feed_forward." in joined.name:
+                raise UsageError(f"{path} adapts {_module(joined.name)}, which PEFT would take for one of the experts.")
+            theirs |= {_module(p.name): one for p, one in _parts(joined, found, ranks.get(_module(joined.name)))}
     if low or rows.keys() - _MATRICES.keys():
         raise UsageError(f"{path} changes {min([*low, *rows])}, which cannot be exported.")
     weights = {f"{PREFIX}{_MATRICES[ours]}{_DELTA}": values for ours, values in rows.items()}
     for name, one in theirs.items():
-        weights |= {f"{PREFIX}{name}.lora_A.weight": one.a, f"{PREFIX}{name}.lora_B.weight": one.b}
+        factor = one.scale / lora_scale(kept["adapter_config"], name, len(one.a)) if "adapter_config" in kept else 1
+        b = one.b if factor == 1 else one.b * factor
+        weights |= {f"{PREFIX}{name}.lora_A.weight": one.a, f"{PREFIX}{name}.lora_B.weight": b}
     indices = {_MATRICES[ours].rpartition(".")[2]: list(content["trainable_token_indices"][ours]) for ours in rows}
     name = (read_origin(base) or {}).get("name", str(base))
     scales, dropout = {module: one.scale for module, one in theirs.items()}, content.get("lora_dropout") or 0.0
@@ -238,7 +242,7 @@ def _join(path: Path, joined: Joined, found: list[_Low | None]) -> tuple[_Low, l
     return _Low(torch.cat([one.a for one in there]), b, first.scale), ranks
 
 
-def _part(joined: Joined, one: _Low, ranks: list[int] | None) -> Iterator[tuple[Part, _Low]]:
+def _parts(joined: Joined, one: _Low, ranks: list[int] | None) -> Iterator[tuple[Part, _Low]]:
     """The product of each part of a joined layer: the inverse of `_join`."""
     fits = ranks is not None and len(ranks) == len(joined.parts) and sum(ranks) == len(one.a)
     row, column = 0, 0
