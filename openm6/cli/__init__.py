@@ -17,7 +17,20 @@ from openm6.core.errors import OpenM6Error
 
 def commands() -> typer.Typer:
     """The application with all commands, which their modules register on import."""
-    from openm6.cli import cascade, copy, data, demo, images, jobs, models, plan, search, serve, work  # noqa: F401
+    from openm6.cli import (  # noqa: F401
+        cascade,
+        compress,
+        copy,
+        data,
+        demo,
+        images,
+        jobs,
+        models,
+        plan,
+        search,
+        serve,
+        work,
+    )  # fmt: skip
 
     return app
 

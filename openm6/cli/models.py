@@ -1,19 +1,19 @@
-"""openm6 models, compress."""
+"""openm6 models."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL, check_inputs, find, refuse_idle
 from openm6.cli.options import Column, Json
-from openm6.cli.output import counted, emit, pairs, share, table, tell
+from openm6.cli.output import counted, emit, pairs, table, tell
 from openm6.core.bases import base_of, changed_base
 from openm6.core.errors import UsageError, suggest_path
-from openm6.core.files import require_new, require_writable, write_whole
+from openm6.core.files import require_new, write_whole
 from openm6.hub.catalogue import MODEL as MODEL_KIND, Catalogue, Version
 
 if TYPE_CHECKING:
@@ -27,14 +27,18 @@ Output = Annotated[Path, typer.Argument(help="Model directory to write.")]
 
 @models.command("import")
 def import_(
+    context: typer.Context,
     path: Annotated[
         Path,
         typer.Argument(
             help="A text checkpoint of Qwen3, Qwen3-MoE, Qwen2, Llama 3, SmolLM2 or Mistral: a directory "
-            "(config.json, safetensors, tokenizer.json) or a GGUF file."
+            "(config.json, safetensors, tokenizer.json) or a GGUF file; or a LoRA adapter of PEFT's for one."
         ),
     ],
     output: Output,
+    base: Annotated[
+        str, typer.Option(help="Of an adapter: the model imported from the checkpoint that it was trained on.")
+    ] = "",
     image_embedder: Annotated[
         str, typer.Option(help="Image encoder with random weights: stem, patch, resnet or none.")
     ] = "none",
@@ -42,10 +46,24 @@ def import_(
     max_length: Annotated[int, typer.Option(min=8, help="Maximum length of an example in positions.")] = 1024,
     json: Json = False,
 ) -> None:
-    """Import an open checkpoint as the backbone: the same weights, added tokens, image input on request."""
+    """Import an open checkpoint as the backbone: the same weights, added tokens, image input on request. Or import an
+    adapter for one."""
     require_new(output)
     if not path.exists():
         raise UsageError(f"{path} is not a checkpoint: there is no such path.{suggest_path(path)}")
+    if (path / "adapter_config.json").is_file():
+        refuse_idle(context, ("path", "output", "base", "json"), "an adapter changes its base model alone.")
+        if not base:
+            raise UsageError(f"{path} is an adapter: give the model directory of its base, --base MODEL.")
+        place = find(base)
+
+        from openm6.weights.lora import import_adapter
+
+        import_adapter(path, place, output)
+        tell(json, {"adapter": str(output), "base": str(place)}, f"{output}: an adapter of {place}.")
+        return
+    if base:
+        raise UsageError(f"--base does nothing here: {path} is no adapter (it has no adapter_config.json).")
 
     from openm6.compress.convert import import_model
 
@@ -147,14 +165,39 @@ def quantize(
 
 @models.command()
 def export(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help=MODEL)],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
-    bits: Annotated[int | None, typer.Option(help="Bits per weight: 8 or 4. Default: 32.")] = None,
+    form: Annotated[
+        Literal["onnx", "huggingface", "gguf"],
+        typer.Option(
+            "--format",
+            help="onnx: a bundle with a program that runs it without PyTorch; huggingface: for transformers, vLLM, "
+            "SGLang, PEFT; gguf: for llama.cpp.",
+        ),
+    ] = "onnx",
+    bits: Annotated[int | None, typer.Option(help="onnx: bits per weight, 8 or 4. Default: 32.")] = None,
+    dtype: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"] | None,
+        typer.Option(help="huggingface, gguf: precision of the weights (q8_0: gguf). Default: as they are."),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Export a model as an ONNX bundle, with a program that runs it without PyTorch."""
+    """Export a model for programs of others: an ONNX bundle, a Hugging Face checkpoint, or a GGUF file."""
     require_new(output)
+    heeded = {"onnx": "bits", "huggingface": "dtype", "gguf": "dtype"}[form]
+    refuse_idle(context, ("model", "output", "form", "json", heeded), f"--format {form} takes --{heeded} alone.")
+    if form == "huggingface" and dtype == "q8_0":
+        raise UsageError("--dtype q8_0 is for --format gguf; a Hugging Face checkpoint takes f32, f16 or bf16.")
     place = find(model)
+    if form != "onnx":
+        from openm6.compress.convert import export_model
+
+        with counted("MB") as progress:
+            export_model(place, output, form, dtype, progress)
+        size = sum(file.stat().st_size for file in output.iterdir())
+        tell(json, {"directory": str(output), "format": form, "bytes": size}, f"{output}: {size / 2**20:.1f} MiB.")
+        return
 
     from openm6.edge.package import export as write
 
@@ -245,9 +288,12 @@ def show(
     if json:
         emit(details)
         return
+
+    from openm6.weights.origin import licences
+
     if origin := details.pop("origin", None):
-        details["weights from"] = origin["name"]
-        details["licence"] = ", ".join(value for key, value in origin.items() if key.startswith("license")) or "unknown"
+        for name, terms in licences(origin).items():
+            details[f"licence of {name}"] = terms
     table(["", ""], details.items(), title)
 
 
@@ -314,81 +360,3 @@ def _version(version: Version) -> dict[str, Any]:
         "name": version.name, "version": version.number, "created": version.created,
         "aliases": list(version.aliases), "made_of": made_of, "files": version.files, **version.about,
     }  # fmt: skip
-
-
-@app.command()
-def compress(
-    context: typer.Context,
-    model: Annotated[
-        Path,
-        typer.Argument(
-            help="Model directory, model of the catalogue (goods@live), or YAML file with a chain of steps."
-        ),
-    ],
-    task: Annotated[str, typer.Option(help="Task to keep the quality of.")] = "",
-    data: Annotated[str, typer.Option(help="Training records of the task.")] = "",
-    validation: Annotated[str, typer.Option(help="Held-out records to measure on.")] = "",
-    unlabelled: Annotated[str | None, typer.Option(help="Records without answers, labelled by the model.")] = None,
-    target: Annotated[str, typer.Option(help="size=2MB, or latency=5ms for one answer.")] = "",
-    max_loss: Annotated[
-        str, typer.Option(help="Largest loss of the task's first metric, relative to the model's own: 1% or 0.01.")
-    ] = "1%",
-    form: Annotated[
-        str, typer.Option(help="package: an ONNX bundle, without PyTorch; model: a model directory.")
-    ] = "package",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps after each pruning.")] = 300,
-    limit: Annotated[int, typer.Option(min=1, help="Number of records to measure on.")] = 500,
-    output: Annotated[Path | None, typer.Option(help="Output folder. Default: runs/compress.")] = None,
-    column: Column = None,
-    seed: Annotated[int, typer.Option(help="Random seed of data order and new weights.")] = 0,
-    json: Json = False,
-) -> None:
-    """Compress a model to a size or latency: prune, distil, quantize, export, measuring each step. An interrupted run
-    is resumed by the same command."""
-    import yaml
-
-    from openm6.compress.compressed import Target, table_of
-
-    say = lambda text: typer.echo(text, err=True)  # noqa: E731
-    if model.suffix in (".yaml", ".yml"):
-        refuse_idle(context, ("model", "json"), f"a chain is done as it is written; change {model} itself.")
-        try:
-            values = yaml.safe_load(model.read_text("utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f"{model} cannot be read as YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(values, dict):
-            raise UsageError(f"{model} is not a chain: it needs the keys model, output, tasks and steps.")
-        if "model" in values:
-            values["model"] = str(find(str(values["model"])))
-
-        from openm6.compress.compress import check_chain, compress as run
-
-        chain = check_chain(values, str(model))
-        require_writable(chain.output)
-        rows, found, wanted, near = run(chain, say), None, None, ""
-    else:
-        if not (task and data and validation and target):
-            raise UsageError("Give --task, --data, --validation and --target, or a YAML file with a chain of steps.")
-        wanted, most, columns = Target.of(target), share(max_loss, "--max-loss"), pairs(column or [])
-        place = check_inputs(model, [task], [data, validation, unlabelled])
-        require_writable(output or Path("runs/compress"))
-
-        from openm6.compress.compress import DistillStep, check_chain, search
-
-        chain = check_chain({
-            "model": str(place), "output": str(output or Path("runs/compress")), "seed": seed,
-            "tasks": [{
-                "task": task, "data": data, "validation": validation, "unlabelled": unlabelled,
-                "columns": columns, "limit": limit,
-            }],
-        })  # fmt: skip
-        rows, found, near = search(chain, wanted, most, form, DistillStep(steps=steps), say)
-    if json:
-        emit({"rows": rows, "found": found, "nearest": near or None})
-    else:
-        table(*table_of(rows))
-    if wanted is not None:
-        if found is None:
-            typer.echo(f"No chain meets {target} with a loss of at most {max_loss}. {near}", err=True)
-            raise typer.Exit(1)
-        typer.echo(f"{found['step']} meets {target}: {chain.output / 'best'}", err=True)

@@ -242,6 +242,7 @@ def deploy(
     """Serve a model in the background, or write the files to deploy it elsewhere: `openm6 deploy runs/demo/model`"""
     directory, called = find_model(model)
     name = name or called
+    _tell_licence(directory)
     if to == "here":
         more = ("--keys", str(keys)) if keys else ()
         made = Deployments().start(name, directory, host, port, more)
@@ -263,6 +264,14 @@ def deploy(
     plan = Plan(service, replicas=replicas, most=max(most, replicas), **chosen)  # type: ignore[arg-type]
     files = write(to, plan, output, directory, keys or KEYS)
     tell(json, {"files": list(map(str, files))}, "\n".join(map(str, files)))
+
+
+def _tell_licence(directory: Path) -> None:
+    from openm6.tasks.card import read_origin
+    from openm6.weights.origin import licence_note
+
+    if note := licence_note(read_origin(directory)):
+        typer.echo(note, err=True)
 
 
 deployments = typer.Typer(help="Models served in the background of this machine.", no_args_is_help=True)

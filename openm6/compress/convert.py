@@ -1,4 +1,4 @@
-"""Conversion of models: an open checkpoint imported, a dense model upcycled to experts, quantized, or pruned."""
+"""Conversion of models: an open checkpoint imported, a model exported, upcycled to experts, quantized, or pruned."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from openm6.core.bases import CONFIG
 from openm6.core.batch import pack
 from openm6.core.errors import UsageError
 from openm6.core.files import require_new, write_whole
@@ -26,10 +27,11 @@ from openm6.model.lowbit import stored
 from openm6.model.norm import RMSNorm
 from openm6.model.roles import role_of
 from openm6.tasks.encode import encode_example
-from openm6.weights.chat_files import write_chat
 from openm6.weights.directory import describe, make_processor
+from openm6.weights.export_checkpoint import open_model, write_huggingface
+from openm6.weights.export_gguf import write_gguf
 from openm6.weights.import_checkpoint import import_weights, open_checkpoint
-from openm6.weights.origin import copy_papers
+from openm6.weights.lora import export_adapter
 from openm6.weights.prune import prune
 from openm6.weights.upcycle import upcycle
 
@@ -50,20 +52,38 @@ def import_model(
         checkpoint.config, vocab_size=tokenizer.vocab_size, num_codes=num_codes, image_embedder=image_embedder
     )
     known = frozenset(range(tokenizer.first_new_id))
-    processor = make_processor(
-        config, tokenizer, max_length, seen_tokens=known, origin=checkpoint.origin, chat=chat.format if chat else None
-    )
+    processor = replace(
+        make_processor(config, tokenizer, max_length, seen_tokens=known), origin=checkpoint.origin,
+        checkpoint=checkpoint.kept, chat=chat.format if chat else None,
+    )  # fmt: skip
 
     def write(folder: Path) -> None:
-        describe(folder, meta_model(config), processor, ())
-        if chat:
-            write_chat(folder, chat.format, chat.generation)
-        if path.is_dir():
-            copy_papers(path, folder)
+        describe(folder, meta_model(config), processor, (), made_from=path)
         import_weights(checkpoint, config, folder, progress)
 
     write_whole(output, write)
     return config
+
+
+def export_model(
+    path: Path, output: Path, form: str, dtype: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:  # fmt: skip
+    """Write a model directory for others: as a directory of Hugging Face's form ("huggingface", where an adapter
+    becomes PEFT's) or with a GGUF file ("gguf"), in the precision that it has or in `dtype` (f32, f16, bf16; gguf:
+    q8_0). Licence files and a model card go along. `progress` gets the megabytes written and their total. Raises
+    UsageError for what the form does not express."""
+    require_new(output)
+    if form == "huggingface" and (path / CONFIG).is_file():
+        if dtype:
+            raise UsageError("An adapter keeps its precision: leave --dtype out.")
+        export_adapter(path, output)
+        return
+    exported = open_model(path)
+    if form == "gguf":
+        write_whole(output, lambda folder: write_gguf(exported, folder, output.name, dtype, progress))
+    else:
+        write_whole(output, lambda folder: write_huggingface(exported, folder, dtype, progress))
 
 
 def upcycle_model(path: Path, output: Path, num_experts: int, chosen: int, router: str, interval: int) -> Session:

@@ -223,6 +223,16 @@ class Tokenizer:
         }
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
+    def without_new(self, rows: int) -> tokenizers.Tokenizer:
+        """The tokenizer with the tokens of the ids below `rows`, no image codes among them; below first_new_id it is
+        what `wrap` was given."""
+        if rows <= self.first_new_id:  # `wrap` has named the rows that were without a token
+            while rows and self._fast.id_to_token(rows - 1) == _filler(rows - 1):
+                rows -= 1
+        content = json.loads(self._fast.to_str())
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < rows]
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
+
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
         """Open a tokenizer written by `save`. Raises UsageError where there is none."""
@@ -306,9 +316,14 @@ class Tokenizer:
         used = max(vocabulary.values(), default=-1) + 1
         if start_at is not None and start_at < used:
             raise UsageError(f"start_at is {start_at}, but the tokenizer uses the ids up to {used - 1}.")
-        fillers = [f"<|unused_{k}|>" for k in range(used, start_at or used)]
+        fillers = [_filler(number) for number in range(used, start_at or used)]
         fast.add_special_tokens([*fillers, *SPECIAL])
         return cls(fast, num_codes, ends)
+
+
+def _filler(number: int) -> str:
+    """The name of an id without a token below those of OpenM6: a fast tokenizer leaves no id out."""
+    return f"<|unused_{number}|>"
 
 
 def _restore(content: str, num_codes: int, ends: Sequence[str] = ()) -> Tokenizer:

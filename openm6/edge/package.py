@@ -35,6 +35,7 @@ from openm6.model.count import count_parameters
 from openm6.model.files import image_encoder_id, load_model
 from openm6.tasks.card import write_card
 from openm6.tasks.task import Task
+from openm6.weights.origin import copy_papers
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
             about["graph_bytes"] |= _quantize(folder, bits)
         session.processor.tokenizer.save(folder)
         write_card(folder, session.processor, tasks)
+        copy_papers(path, folder)
         (folder / "requirements.txt").write_text("\n".join(NEEDS) + "\n", "utf-8")
         write_program(folder / "openm6-edge")
         _write_about(folder, "edge.json", about)

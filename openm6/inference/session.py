@@ -97,7 +97,7 @@ class Session:
 
     def describe(self, path: Path, adapter: Any = None) -> None:
         """Write all files of a model directory except the weights (see directory.describe)."""
-        describe(path, self.model, self.processor, self.tasks.values(), adapter)
+        describe(path, self.model, self.processor, self.tasks.values(), adapter, self.path)
 
     # Use
 

@@ -46,16 +46,16 @@ LINEAR = ("qkv", "out", "up", "down")
 """Names of the linear layers of a block."""
 
 _BASE = ".base_layer"
-_ROWS = ".token_adapter"
+ROWS = ".token_adapter"
 _NEW = re.compile(r"\.lora_|\.ia3_l|\.changes\.|^prompt\.|\.trainable_tokens_")
 _KIND = re.compile(r"\.(?=lora_|ia3_l|changes\.|token_adapter\.)")
-_ALONE = (
+ALONE = (
     "use_dora", "modules_to_save", "target_parameters", "bias", "lora_bias", "use_qalora",
     "alora_invocation_tokens", "layer_replication", "arrow_config", "use_bdlora", "kasa_config",
 )  # fmt: skip
 """Keys of PEFT's configuration that change a network by more than B A beside linear layers."""
 _HEAD = ("norm.weight", "norm.bias", "head.weight")
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 """Prefix of a network's names in PEFT's files."""
 
 
@@ -134,16 +134,16 @@ def add_adapter(model: M6, config: Any) -> None:
 
 def base_name(name: str) -> str | None:
     """The name of a tensor of an adapted network in its base; None for the adapter's own tensors."""
-    return None if _NEW.search(name) else name.replace(_BASE, "").replace(_ROWS, "")
+    return None if _NEW.search(name) else name.replace(_BASE, "").replace(ROWS, "")
 
 
 def rows_beneath(model: M6, name: str) -> tuple[str, list[int]] | None:
     """For a tensor of an adapter that starts as rows of a matrix of the base network: the matrix's name, and the
     rows."""
-    matrix, found, _ = name.partition(_ROWS)
+    matrix, found, _ = name.partition(ROWS)
     if not found or _NEW.search(name) is None:
         return None
-    layer: Any = model.get_submodule(matrix + _ROWS)
+    layer: Any = model.get_submodule(matrix + ROWS)
     return f"{matrix}.weight", layer.token_indices[ONLY]
 
 
@@ -159,7 +159,7 @@ def adapter_start(role: Role, shape: torch.Size, std: float) -> tuple[float, flo
 
 def stored_name(name: str) -> str:
     """The name in PEFT's file of a weight of an adapter."""
-    return _PREFIX + name.replace(".default.", ".").removesuffix(".default")
+    return PREFIX + name.replace(".default.", ".").removesuffix(".default")
 
 
 def method_of(path: Path) -> str:
@@ -243,12 +243,12 @@ def lay_beside(model: M6, adapters: dict[str, Path]) -> Active:
         method, content = method_of(path), read_adapter_config(path)
         if method in ("prompt", "prefix", "head"):
             raise UsageError(f"{path} is an adapter of the method {method}, which cannot share a model: open it alone.")
-        if alone := [key for key in _ALONE if content.get(key) not in (None, False, "none", [], {})]:
+        if alone := [key for key in ALONE if content.get(key) not in (None, False, "none", [], {})]:
             raise UsageError(f"{path} is an adapter with {alone[0]}, which cannot share a model: open it alone.")
         found: dict[str, dict[str, Tensor]] = {}
         for key, value in stored_weights(path).items():
-            place, _, kind = _KIND.sub(" ", key.removeprefix(_PREFIX), 1).partition(" ")
-            if kind.startswith(_ROWS[1:]):
+            place, _, kind = _KIND.sub(" ", key.removeprefix(PREFIX), 1).partition(" ")
+            if kind.startswith(ROWS[1:]):
                 ids = (content.get("trainable_token_indices") or {}).get(place)
                 matrix = _wrapped(model, place, ChangedRows, active, path)
                 matrix.changes[name] = _rows(place, ids, value, matrix.weight.shape, path)
@@ -281,7 +281,7 @@ def _rows(place: str, ids: list[int] | None, rows: Tensor, shape: torch.Size, pa
     return Rows(ids, rows, size)
 
 
-def _lora_scale(content: dict[str, Any], place: str, rank: int) -> float:
+def lora_scale(content: dict[str, Any], place: str, rank: int) -> float:
     """The factor of the product B A of one layer, by PEFT's rules."""
     alpha = content["lora_alpha"]
     if pattern := content.get("alpha_pattern"):
@@ -301,7 +301,7 @@ def _change(
         a, b = parts["lora_A.weight"], parts["lora_B.weight"]
         if (a.shape[1], b.shape[0]) != (deep, wide):
             raise _misfit(path, f"{place} is [{wide}, {deep}] there and [{b.shape[0]}, {a.shape[1]}] here")
-        return Low(a, b, _lora_scale(content, place, len(a)))
+        return Low(a, b, lora_scale(content, place, len(a)))
     if method == "ia3":
         scale, inputs = parts["ia3_l"], len(parts["ia3_l"]) == 1  # PEFT's: [1, in] or [out, 1]
         if scale.numel() != (deep if inputs else wide):

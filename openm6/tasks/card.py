@@ -34,6 +34,8 @@ def write_card(path: Path, processor: Processor, tasks: Iterable[Task]) -> None:
             "tokens": dict(processor.chat.tokens), "date": processor.chat.date, "thinking": processor.chat.thinking,
             "system": processor.chat.system, "sampling": dict(processor.chat.sampling),
         }  # fmt: skip
+    if processor.checkpoint:
+        content["checkpoint"] = processor.checkpoint
     (path / NAME).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
 
@@ -72,6 +74,16 @@ def read_chat_settings(path: Path) -> dict[str, Any] | None:
     if kind != "chat" or not isinstance(settings, dict):
         raise OpenM6Error(f"{card} is damaged: its prompt_format is {kind!r}; there are openm6 and chat.")
     return settings
+
+
+def read_checkpoint(path: Path) -> dict[str, Any] | None:
+    """What the card of a directory has of the configurations of the checkpoint that its weights began with."""
+    card = path / NAME
+    try:
+        found = _content(card).get("checkpoint")
+        return None if found is None else {str(key): dict(value) for key, value in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise _damaged(card, error) from None
 
 
 def _ranges(numbers: Iterable[int]) -> str:

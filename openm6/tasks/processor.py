@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from openm6.core.images import ImageGrid
 from openm6.core.tokenizer import Tokenizer
@@ -25,7 +25,8 @@ class Processor:
     seen_tokens  ids that the model has met in training; None: unknown
     source       how the model reads a source: a key of SOURCE_BLOCKS
     chat         how an imported model is asked: by its chat template; None: in OpenM6's own form
-    origin       name and licence of the checkpoint that the weights began with; None: they began at random"""
+    origin       name and licence of the checkpoint that the weights began with; None: they began at random
+    checkpoint   keys of that checkpoint's configurations that an export writes again (weights/checkpoint.py)"""
 
     tokenizer: Tokenizer
     grid: ImageGrid
@@ -36,3 +37,4 @@ class Processor:
     source: str = "bidirectional"
     origin: dict[str, str] | None = None
     chat: ChatFormat | None = None
+    checkpoint: dict[str, Any] | None = None

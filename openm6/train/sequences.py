@@ -37,6 +37,7 @@ from openm6.train.setup import (
     source_notes,
 )
 from openm6.train.start import start_codes
+from openm6.weights.origin import copy_papers
 
 
 class SequenceObjective(Objective):
@@ -186,6 +187,8 @@ class SequenceObjective(Objective):
 
     def describe(self, path: Path) -> None:
         self.session.describe(path, self.adapter)
+        if self.recipe.distill:
+            copy_papers(self.recipe.distill.teacher, path, "teacher")
 
     def _batch(self, sequences: list[Sequence]) -> Batch:
         pad_id = self.session.processor.tokenizer.pad_id

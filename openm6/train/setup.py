@@ -24,6 +24,7 @@ from openm6.inference.session import Session
 from openm6.model import ModelConfig
 from openm6.model.adapters import check_whole
 from openm6.model.files import meta_model, read_config
+from openm6.tasks.card import read_origin
 from openm6.tasks.encode import asked_of
 from openm6.tasks.library import get as get_task, names as library_names
 from openm6.tasks.pictures import PictureCodec
@@ -37,6 +38,7 @@ from openm6.train.distill import teacher_answers
 from openm6.train.distributed import Group
 from openm6.train.recipe import AnyRecipe, DataSection, ModelSection, Recipe, SourceSection, TrainSection
 from openm6.weights.directory import make_processor, open_processor
+from openm6.weights.origin import with_other
 
 TOKENIZER = "tokenizer"
 """Folder of a run with the tokenizer that was trained for it."""
@@ -52,7 +54,16 @@ COMPARED = 1_000_000
 
 
 def build_session(recipe: Recipe, group: Group) -> Session:
-    """The model to start from, without weights yet, and its tokenizer. A resumed run takes that of its first start."""
+    """The model to start from, without weights yet, and its tokenizer. A resumed run takes that of its first start. A
+    student keeps the licence of its teacher."""
+    session = _session(recipe, group)
+    if recipe.distill:
+        origin = with_other(session.processor.origin, read_origin(recipe.distill.teacher), "teacher")
+        session.processor = replace(session.processor, origin=origin)
+    return session
+
+
+def _session(recipe: Recipe, group: Group) -> Session:
     section = recipe.model
     codec = PictureCodec.load(section.codec) if section.codec else None
     if section.path is not None:
@@ -70,8 +81,9 @@ def build_session(recipe: Recipe, group: Group) -> Session:
         return session
     tokenizer = _tokenizer(recipe, group, codec)
     sizes = {**section.sizes, "vocab_size": tokenizer.vocab_size, "num_codes": tokenizer.num_codes}
-    if recipe.distill and "source" not in sizes:  # student and teacher read the same batch
-        sizes["source"] = open_processor(recipe.distill.teacher)[0].source
+    teacher = open_processor(recipe.distill.teacher)[0] if recipe.distill else None
+    if teacher and "source" not in sizes:  # student and teacher read the same batch
+        sizes["source"] = teacher.source
     if "vocab_size" in section.sizes:
         raise UsageError(
             "model.sizes.vocab_size follows from the tokenizer: set tokenizer.vocab_size and tokenizer.num_codes."
@@ -81,6 +93,8 @@ def build_session(recipe: Recipe, group: Group) -> Session:
     config = ModelConfig.preset(section.preset or "", **sizes)
     length = _longest(config, section.max_length, recipe.train.row_length)
     processor = make_processor(config, tokenizer, length, codec, seen_tokens=frozenset())
+    if teacher and tokenizer.is_like(teacher.tokenizer):
+        processor = replace(processor, checkpoint=teacher.checkpoint)
     return Session(meta_model(config), processor)
 
 

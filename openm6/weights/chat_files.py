@@ -24,12 +24,10 @@ _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class CheckpointChat(NamedTuple):
-    """How a checkpoint is asked: its form, the tokens that end its answers (the template's own first), and its
-    generation_config.json."""
+    """How a checkpoint is asked: its form, and the tokens that end its answers, the template's own first."""
 
     format: ChatFormat
     ends: tuple[str, ...]
-    generation: Mapping[str, Any]
 
 
 def json_of(file: Path) -> dict[str, Any]:
@@ -49,42 +47,27 @@ def read_chat(path: Path, fast: tokenizers.Tokenizer) -> CheckpointChat | None:
     about, generation = json_of(path / "tokenizer_config.json"), json_of(path / GENERATION)
     file, template = path / TEMPLATE, about.get("chat_template")
     if file.is_file():
-        if file.stat().st_size > 4 * SOURCE_LIMIT:
-            raise OpenM6Error(f"{file} has more than {4 * SOURCE_LIMIT:,} bytes.")
-        template = file.read_text("utf-8")
+        template = load_template(path)
     elif isinstance(template, list):  # several by name
         template = next((one.get("template") for one in template if one.get("name") == "default"), None)
     if not isinstance(template, str):
         return None
-    named = {**json_of(path / "special_tokens_map.json"), **about}
-    tokens = {
-        name: value.get("content") if isinstance(value, dict) else value
-        for name in _TOKENS
-        if (value := named.get(name))
-    }
-    return make_chat(path, template, {name: str(value) for name, value in tokens.items()}, generation, fast)
+    return make_chat(path, template, {**json_of(path / "special_tokens_map.json"), **about}, generation, fast)
 
 
-def gguf_chat(path: Path, fields: Mapping[str, Any], fast: tokenizers.Tokenizer) -> CheckpointChat | None:
-    """That of the metadata of a GGUF file, whose end tokens take the place of a generation_config.json."""
-    template, names = fields.get("tokenizer.chat_template"), fields.get("tokenizer.ggml.tokens", [])
-    if not isinstance(template, str):
-        return None
-    tokens = {}
-    for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")):
-        number = fields.get(f"tokenizer.ggml.{key}_token_id")
-        if type(number) is int and 0 <= number < len(names):
-            tokens[name] = str(names[number])
+def gguf_generation(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a generation_config.json would say of the end tokens of a GGUF file."""
     numbers = [fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
-    generation = {"eos_token_id": [number for number in numbers if type(number) is int]}
-    return make_chat(path, template, tokens, generation, fast)
+    return {"eos_token_id": [number for number in dict.fromkeys(numbers) if type(number) is int]}
 
 
 def make_chat(
-    path: Path, template: str, tokens: Mapping[str, str], generation: Mapping[str, Any], fast: tokenizers.Tokenizer
+    path: Path, template: str, names: Mapping[str, Any], generation: Mapping[str, Any], fast: tokenizers.Tokenizer
 ) -> CheckpointChat:
-    """Raises OpenM6Error or UsageError, with the path, for a template that does not render, or after whose answers no
-    special token stands."""
+    """`names`: special tokens as tokenizer_config.json has them. Raises OpenM6Error or UsageError, with the path, for a
+    template that does not render, or after whose answers no special token stands."""
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in names.items()}
+    tokens = {name: texts[name] for name in _TOKENS if isinstance(texts.get(name), str)}
     special = {one.content for one in fast.get_added_tokens_decoder().values() if one.special}
     chosen = ChatFormat(template, tokens, date.today().isoformat(), sampling=sampling_of(generation))
     try:
@@ -96,20 +79,19 @@ def make_chat(
         fast.id_to_token(number) for number in (given if isinstance(given, list) else [given]) if number is not None
     ]
     ends = dict.fromkeys([end, *more, tokens.get("eos_token")])
-    return CheckpointChat(chosen, tuple(one for one in ends if one in special), generation)
+    return CheckpointChat(chosen, tuple(one for one in ends if one in special))
 
 
-def write_chat(folder: Path, chat: ChatFormat, generation: Mapping[str, Any] | None = None) -> None:
+def write_template(folder: Path, chat: ChatFormat) -> None:
     (folder / TEMPLATE).write_text(chat.template, "utf-8")
-    if generation:
-        (folder / GENERATION).write_text(json.dumps(generation, indent=1) + "\n", "utf-8")
 
 
 def load_template(folder: Path) -> str:
-    """The template of a model directory. Raises OpenM6Error where it is missing."""
+    """The template of a directory. Raises OpenM6Error where it is missing, too large or no text."""
     file = folder / TEMPLATE
-    if not file.is_file() or file.stat().st_size > 4 * SOURCE_LIMIT:
-        raise OpenM6Error(
-            f"{folder} is damaged: its {TEMPLATE} is missing or has more than {4 * SOURCE_LIMIT:,} bytes."
-        )
-    return file.read_text("utf-8")
+    try:
+        if file.stat().st_size <= 4 * SOURCE_LIMIT:
+            return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        pass
+    raise OpenM6Error(f"{folder} is damaged: its {TEMPLATE} is missing, no text, or has over {4 * SOURCE_LIMIT:,} bytes.")

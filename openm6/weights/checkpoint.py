@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -15,6 +17,9 @@ from openm6.core.errors import OpenM6Error
 from openm6.model.config import ModelConfig
 from openm6.weights.chat_files import CheckpointChat
 from openm6.weights.families import Part, tensors
+
+CHUNK = 2**23
+"""Numbers that are read at once, about."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,12 @@ class Stored:
         values = torch.from_numpy(data).view(self.dtype) if self.widen is None else self.widen(data)
         return values.view(last - first, *self.shape[1:])
 
+    def chunks(self, multiple: int = 1) -> Iterator[Tensor]:
+        """All rows, in chunks of a multiple of so many."""
+        step = max(1, CHUNK // (math.prod(self.shape[1:]) * multiple)) * multiple
+        for first in range(0, self.shape[0], step):
+            yield self.rows(first, min(first + step, self.shape[0]))
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -54,6 +65,8 @@ class Checkpoint:
     fast     its tokenizer
     origin   its name and licence (origin.py)
     chat     how it is asked, by its tokenizer (chat_files.py); None: it has no chat template
+    kept     keys of its configurations that a model directory has no other place for, and an export writes again:
+             `config` (families.kept_keys), `tokenizer_config`, and, of an adapter, `adapter_config` (lora.py)
     """
 
     source: Path
@@ -62,6 +75,7 @@ class Checkpoint:
     fast: Callable[[], tokenizers.Tokenizer]
     origin: dict[str, str]
     chat: Callable[[tokenizers.Tokenizer], CheckpointChat | None]
+    kept: dict[str, Any]
 
 
 def check_tensors(source: Path, config: ModelConfig, names: Iterable[str], find: Callable[[Part], Stored]) -> None:

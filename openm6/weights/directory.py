@@ -14,7 +14,7 @@ Nothing in it is unpickled and no code in it is run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ import torch
 
 from openm6.core.bases import base_of
 from openm6.core.errors import OpenM6Error, UsageError
+from openm6.core.files import write_json
 from openm6.core.images import ImageGrid
 from openm6.core.tokenizer import Tokenizer
 from openm6.model import M6, ModelConfig
@@ -30,12 +31,20 @@ from openm6.model.changed import Active
 from openm6.model.cpu.pack import pack_for_cpu
 from openm6.model.files import check_model, load_model, meta_model, read_config
 from openm6.model.precision import fast_dtype
-from openm6.tasks.card import read_card, read_chat_settings, read_origin, read_seen_tokens, write_card
+from openm6.tasks.card import (
+    read_card,
+    read_chat_settings,
+    read_checkpoint,
+    read_origin,
+    read_seen_tokens,
+    write_card,
+)
 from openm6.tasks.chat import ChatFormat
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
-from openm6.weights.chat_files import load_template, write_chat
+from openm6.weights.chat_files import GENERATION, load_template, write_template
+from openm6.weights.origin import copy_papers
 
 CODEC = "codec"
 """Folder of the image codec of a model that generates images."""
@@ -79,30 +88,38 @@ def open_processor(path: Path) -> tuple[Processor, list[Task]]:
     tasks, length, prompt = read_card(path)
     place = base_of(path) or path
     codec = PictureCodec.load(place / CODEC) if (place / CODEC).is_dir() else None
-    seen = read_seen_tokens(path)
+    made = make_processor(read_config(place), Tokenizer.load(place), length, codec, prompt, read_seen_tokens(path))
     settings, chat = read_chat_settings(path), None
     if settings is not None:
         try:
             chat = ChatFormat(load_template(place), **settings)
         except TypeError:
             raise OpenM6Error(f"{path} is damaged: its openm6.json has other settings of a chat form.") from None
-    tokenizer, origin = Tokenizer.load(place), read_origin(path)
-    return make_processor(read_config(place), tokenizer, length, codec, prompt, seen, origin, chat), tasks
+    return replace(made, origin=read_origin(path), checkpoint=read_checkpoint(path), chat=chat), tasks
 
 
 def make_processor(
     config: ModelConfig, tokenizer: Tokenizer, max_length: int, codec: PictureCodec | None = None, prompt: int = 0,
-    seen_tokens: frozenset[int] | None = None, origin: dict[str, str] | None = None, chat: ChatFormat | None = None,
+    seen_tokens: frozenset[int] | None = None,
 ) -> Processor:  # fmt: skip
     """The processor of a network of this configuration."""
     grid = ImageGrid(config.image_stride, config.image_max_patches)
-    return Processor(tokenizer, grid, max_length, codec, prompt, seen_tokens, config.source, origin, chat)
+    return Processor(tokenizer, grid, max_length, codec, prompt, seen_tokens, config.source)
 
 
-def describe(path: Path, model: M6, processor: Processor, tasks: Iterable[Task], adapter: Any = None) -> None:
+def describe(
+    path: Path,
+    model: M6,
+    processor: Processor,
+    tasks: Iterable[Task],
+    adapter: Any = None,
+    made_from: Path | None = None,
+) -> None:
     """Write all of a model directory but the weights; with the configuration of an `adapter`, of one that holds that
-    adapter."""
+    adapter. `made_from`: the directory whose licence files go along."""
     path.mkdir(parents=True, exist_ok=True)
+    if made_from is not None:
+        copy_papers(made_from, path)
     if adapter is not None:
         adapter.save_pretrained(path)
     else:
@@ -111,7 +128,9 @@ def describe(path: Path, model: M6, processor: Processor, tasks: Iterable[Task],
         if processor.codec is not None:
             processor.codec.save(path / CODEC)
         if processor.chat is not None:
-            write_chat(path, processor.chat)
+            write_template(path, processor.chat)
+        if generation := (processor.checkpoint or {}).get("generation_config"):
+            write_json(path / GENERATION, generation)
     write_card(path, processor, tasks)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,15 @@ EXPERT_KEYS = {
     "normalize_expert_weights": "norm_topk_prob",
 }  # fmt: skip
 """Likewise of a family with experts; `dense_layers` n is `mlp_only_layers` [0, ..., n - 1]."""
+
+
+_ELSEWHERE = frozenset({
+    "num_codes", "image_embedder", "image_patch", "image_max_patches", "stem_widths", "resnet", "picture_side",
+    "picture_tile", "heads", "distinct_layers", "capacity_factor", "auxiliary_loss", "router_z_loss",
+})  # fmt: skip
+"""Keys of ModelConfig that the answers of a text network do not depend on."""
+_EXPERTS_ALONE = {*EXPERT_KEYS, "dense_layers", "router", "shared_intermediate_size", "bias_update"} - {"num_experts"}
+"""Keys that mean nothing without experts."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +155,65 @@ def model_config(theirs: Mapping[str, Any], file: Path) -> ModelConfig:
     if family.has_experts:
         values["dense_layers"] = _dense_layers(found.mlp_only_layers, file)
     return checked_config({**family.fixed, **values, **_rotary(found, file)}, file)
+
+
+def their_config(config: ModelConfig, kept: Mapping[str, Any], source: Path) -> Any:
+    """transformers' configuration of a text network: of the family that `kept` (see `kept_keys`) is of, or of the first
+    one that expresses it. Raises UsageError, with what does not fit, where none does."""
+    first = kept.get("model_type")
+    misfits = {}
+    for kind in sorted(FAMILIES, key=lambda kind: kind != first):
+        if not (misfit := _misfits(config, kind)):
+            own = kept if kind == first else {key: kept[key] for key in kept if key.endswith("_token_id")}
+            found = _standard(kind, {**own, **_their_keys(config, kind)}, source)
+            found.architectures = [FAMILIES[kind].architecture]
+            return found
+        misfits[kind] = misfit
+    sparse = bool(config.num_experts)
+    nearest = min(misfits, key=lambda kind: (FAMILIES[kind].has_experts != sparse, len(misfits[kind])))
+    raise UsageError(
+        f"{source} is like no family of Hugging Face's ({', '.join(FAMILIES)}); the nearest is {nearest}, but "
+        f"{'; '.join(misfits[nearest])}."
+    )
+
+
+def kept_keys(theirs: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """The keys of a config.json that ModelConfig has not, as far as transformers' class knows them: its family, the ids
+    of special tokens, settings of training. An export writes them again."""
+    found = _standard(theirs["model_type"], theirs, file)
+    expressed = {*_their_keys(model_config(theirs, file), found.model_type), "architectures", "dtype", "layer_types",
+        "transformers_version"}  # fmt: skip
+    own = {"head_dim", *(field.name for field in fields(found))} - expressed
+    values = {key: value for key, value in found.to_diff_dict().items() if key in own}
+    return {"model_type": found.model_type, **values}
+
+
+def _their_keys(config: ModelConfig, kind: str) -> dict[str, Any]:
+    from transformers import CONFIG_MAPPING
+
+    family = FAMILIES[kind]
+    keys = KEYS | (EXPERT_KEYS if family.has_experts else {})
+    values = {theirs: getattr(config, ours) for ours, theirs in keys.items()}
+    known = {field.name for field in fields(CONFIG_MAPPING[kind])}
+    if "head_dim" not in known and config.head_dim * config.num_attention_heads == config.hidden_size:
+        del values["head_dim"]
+    if family.has_experts:
+        values["mlp_only_layers"] = list(range(config.dense_layers))
+    rope = {"rope_type": "default", **(config.rotary_scaling or {}), "rope_theta": config.rope_theta}
+    return {"model_type": kind, "hidden_act": "silu", **family.required, **values, "rope_parameters": rope}
+
+
+def _misfits(config: ModelConfig, kind: str) -> list[str]:
+    """What keeps a network from being one of the family: what an import of its configuration would change."""
+    try:
+        back = model_config(_their_keys(config, kind), Path("config.json"))
+    except UsageError as error:
+        return [str(error).rstrip(".")]
+    names = {field.name for field in fields(ModelConfig)} - _ELSEWHERE
+    if not (config.num_experts and back.num_experts):
+        names -= _EXPERTS_ALONE
+    pairs = [(name, getattr(config, name), getattr(back, name)) for name in sorted(names)]
+    return [f"model.{n} is {_json(ours)}, not {_json(theirs)}" for n, ours, theirs in pairs if ours != theirs]
 
 
 def checked_config(values: Mapping[str, Any], file: Path) -> ModelConfig:

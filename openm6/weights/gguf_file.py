@@ -15,7 +15,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,10 +25,10 @@ from openm6.core.errors import OpenM6Error, UsageError, cut
 from openm6.core.extras import require
 from openm6.model.config import ModelConfig
 from openm6.model.rotary import llama3_factors
-from openm6.weights.chat_files import gguf_chat
+from openm6.weights.chat_files import gguf_generation, make_chat
 from openm6.weights.checkpoint import Checkpoint, Stored, check_tensors
 from openm6.weights.families import EXPERT_KEYS, FAMILIES, Part, checked_config
-from openm6.weights.gguf_tokenizer import gguf_tokenizer
+from openm6.weights.gguf_tokenizer import gguf_tokenizer, special_tokens
 from openm6.weights.origin import gguf_origin
 
 KEYS = {
@@ -82,14 +82,14 @@ def open_gguf(path: Path) -> Checkpoint:
     config = _config(path, architecture, fields, stored)
     find = _finder(path, architecture, config, stored)
     check_tensors(path, config, (name for name in stored if name != FACTORS), find)
+    kind = next(name for name, family in FAMILIES.items() if family.gguf == architecture)
+    ids, names = special_tokens(fields)
+    template, generation = names.pop("chat_template", None), gguf_generation(fields)
+    kept = {"config": {"model_type": kind, **ids}, "tokenizer_config": names, "generation_config": generation}
     return Checkpoint(
-        path,
-        config,
-        find,
-        lambda: gguf_tokenizer(fields, path),
-        gguf_origin(fields, path),
-        lambda fast: gguf_chat(path, fields, fast),
-    )
+        path, config, find, lambda: gguf_tokenizer(fields, path), gguf_origin(fields, path),
+        lambda fast: make_chat(path, template, names, generation, fast) if template else None, kept,
+    )  # fmt: skip
 
 
 def _refusal(path: Path, key: str, value: Any, reason: str) -> UsageError:
@@ -165,20 +165,44 @@ def _short(value: Any) -> Any:
 # Tensors
 
 
-def _finder(
-    path: Path, architecture: str, config: ModelConfig, stored: Mapping[str, Stored]
-) -> Callable[[Part], Stored]:
+class Place(NamedTuple):
+    """Where one of transformers' tensors is in a file.
+
+    name     of the tensor
+    expert   its number, of the weights of one: those of a layer lie in one tensor
+    paired   whether the rows of a head are in the order of llama.cpp (see `_unpaired`)
+    """
+
+    name: str
+    expert: int | None
+    paired: bool
+
+
+def placing(architecture: str) -> Callable[[Part], Place]:
+    """The place of each tensor in files of an architecture."""
     import gguf
 
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, 1)
 
-    def find(part: Part) -> Stored:
+    def place(part: Part) -> Place:
         *before, last = part.name.split(".")
-        expert = int(before.pop(-2)) if before[-3:-2] == ["experts"] else None  # those of a layer lie in one tensor
+        expert = int(before.pop(-2)) if before[-3:-2] == ["experts"] else None
         layer = before[2] if before[1:2] == ["layers"] else ""
         name = f"{names.get_name('.'.join([*before[:2], '0', *before[3:]] if layer else before))}.{last}"
-        name = name.replace("blk.0.", f"blk.{layer}.")
+        paired = architecture == "llama" and before[-1] in ("q_proj", "k_proj")
+        return Place(name.replace("blk.0.", f"blk.{layer}."), expert, paired)
+
+    return place
+
+
+def _finder(
+    path: Path, architecture: str, config: ModelConfig, stored: Mapping[str, Stored]
+) -> Callable[[Part], Stored]:
+    place = placing(architecture)
+
+    def find(part: Part) -> Stored:
+        name, expert, paired = place(part)
         if name not in stored:
             raise OpenM6Error(f"{path} has no tensor {name}.")
         found = stored[name]
@@ -187,9 +211,7 @@ def _finder(
                 return found  # whose shape is refused
             offset = found.offset + expert * found.row_bytes
             return replace(found, shape=part.shape, offset=offset, row_bytes=found.row_bytes // part.shape[0])
-        if architecture == "llama" and before[-1] in ("q_proj", "k_proj"):
-            return replace(found, widen=_unpaired(found, config.head_dim))
-        return found
+        return replace(found, widen=_unpaired(found, config.head_dim)) if paired else found
 
     return find
 

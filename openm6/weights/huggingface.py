@@ -12,9 +12,9 @@ import torch
 from openm6.core.errors import OpenM6Error, UsageError
 from openm6.core.tokenizer import open_fast
 from openm6.model.files import open_tensors, weight_files
-from openm6.weights.chat_files import json_of, read_chat
+from openm6.weights.chat_files import GENERATION, json_of, read_chat
 from openm6.weights.checkpoint import Checkpoint, Stored, check_tensors
-from openm6.weights.families import Part, model_config
+from openm6.weights.families import Part, kept_keys, model_config
 from openm6.weights.origin import read_origin
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -27,10 +27,11 @@ def open_huggingface(path: Path) -> Checkpoint:
         if files := sorted(path.glob("*.gguf")):
             raise UsageError(f"{path} has no config.json, but GGUF files: import one of them, such as {files[0]}.")
         raise UsageError(f"{path} has no config.json: give the directory of a Hugging Face checkpoint.")
-    config = model_config(json_of(path / "config.json"), path / "config.json")
+    theirs = json_of(path / "config.json")
+    config = model_config(theirs, path / "config.json")
     if not any(path.glob("*.safetensors*")) and (pickled := [f for f in path.iterdir() if f.suffix in PICKLED]):
         raise is_pickled(min(pickled))
-    stored = _stored(path)
+    stored = stored_tensors(path)
 
     def find(part: Part) -> Stored:
         if part.name not in stored:
@@ -45,12 +46,23 @@ def open_huggingface(path: Path) -> Checkpoint:
         raise UsageError(
             f"{path / 'config.json'}: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight."
         )
+    kept = {
+        "config": kept_keys(theirs, path / "config.json"), "tokenizer_config": _tokenizer_config(path),
+        "generation_config": json_of(path / GENERATION),
+    }  # fmt: skip
     return Checkpoint(
-        path, config, find, lambda: open_fast(path), read_origin(path), lambda fast: read_chat(path, fast)
+        path, config, find, lambda: open_fast(path), read_origin(path), lambda fast: read_chat(path, fast), kept
     )
 
 
-def _stored(path: Path) -> dict[str, Stored]:
+def _tokenizer_config(path: Path) -> dict[str, Any]:
+    """The special tokens by name, and what else transformers' class is told; tokenizer.json has all tokens."""
+    names = ("special_tokens_map.json", "tokenizer_config.json")  # older and newer versions
+    found = {key: value for name in names if (path / name).is_file() for key, value in json_of(path / name).items()}
+    return {key: value for key, value in found.items() if key not in ("added_tokens_decoder", "auto_map", "chat_template")}
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
     """All tensors of safetensors files, whose headers the library checks."""
     found = {}
     with open_tensors(path) as where:
@@ -87,4 +99,11 @@ def is_pickled(file: Path) -> UsageError:
     return UsageError(
         f"{file} is pickled: it can run code and is not read. Convert it where you trust it, by transformers' "
         "AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(OUTPUT), and import the output."
+    )
+
+
+def is_pickled_adapter(file: Path) -> UsageError:
+    return UsageError(
+        f"{file} is pickled: it can run code and is not read. Convert it where you trust it, by PEFT's "
+        "PeftModel.from_pretrained(MODEL, DIRECTORY).save_pretrained(OUTPUT), and import the output."
     )

@@ -6,7 +6,6 @@ rows, so that an import needs memory for a chunk of them alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import reduce
 from pathlib import Path
@@ -23,8 +22,6 @@ from openm6.weights.families import Joined, tensors
 from openm6.weights.gguf_file import MAGIC, open_gguf
 from openm6.weights.huggingface import PICKLED, is_pickled, open_huggingface
 
-CHUNK = 2**23
-"""Numbers that are read at once, about."""
 _GROWING = ("embed.weight", "head.weight")
 
 
@@ -75,12 +72,9 @@ def import_weights(
 
 
 def _read(checkpoint: Checkpoint, joined: Joined) -> Iterator[Tensor]:
-    heads = checkpoint.config.head_dim  # a chunk has whole heads, whose rows may be in another order
     for part in joined.parts:
-        stored = checkpoint.find(part)
-        step = max(1, CHUNK // (math.prod(stored.shape[1:]) * heads)) * heads
-        for first in range(0, stored.shape[0], step):
-            yield stored.rows(first, min(first + step, stored.shape[0]))
+        # A chunk has whole heads, whose rows may be in another order.
+        yield from checkpoint.find(part).chunks(checkpoint.config.head_dim)
 
 
 def _grown(values: Iterator[Tensor], rows: int) -> Iterator[Tensor]:

@@ -156,5 +156,5 @@ def test_a_model_directory_without_its_template_is_damaged(tmp_path: Path) -> No
     checkpoint(tmp_path / "theirs")
     import_model(tmp_path / "theirs", tmp_path / "m6", "none", 16, 256)
     (tmp_path / "m6" / "chat_template.jinja").unlink()
-    with pytest.raises(OpenM6Error, match="chat_template.jinja is missing"):
+    with pytest.raises(OpenM6Error, match="its chat_template.jinja is missing"):
         Session.load(tmp_path / "m6")

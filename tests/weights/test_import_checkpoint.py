@@ -93,7 +93,7 @@ def test_new_tokens_leave_the_old_ones_as_they_were(tied: bool, tmp_path: Path) 
 def test_tensors_of_several_chunks_and_files_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(network("llama", tie_word_embeddings=True), tmp_path / "llama")
     import_model(path, tmp_path / "one", "none", 8, 64)
-    monkeypatch.setattr("openm6.weights.import_checkpoint.CHUNK", 1)
+    monkeypatch.setattr("openm6.weights.checkpoint.CHUNK", 1)
     monkeypatch.setattr("openm6.model.files.SHARD", 50_000)
     told: list[tuple[int, int]] = []
     import_model(path, tmp_path / "many", "none", 8, 64, lambda done, total: told.append((done, total)))
