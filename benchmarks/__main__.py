@@ -12,7 +12,7 @@ from openm6.core.errors import UsageError
 NAMES = (
     "train_step", "decode", "packing", "attention", "experts", "scale", "sharing", "image_decode", "sparse_attention",
     "tasks", "sketch", "index", "adapters", "retrieval", "serve", "overload", "cascade", "compress", "quantize",
-    "distill", "start", "import_checkpoint",
+    "distill", "start", "import_checkpoint", "zero_shot",
 )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from openm6.compress.convert import export_model, import_model
 from tests.weights.checkpoints import ODDITIES, foreign_tokenizer, network, save
 from tests.weights.test_gguf_file import IN_GGUF
 
-pytestmark = pytest.mark.real
 F32 = 0  # of GGML: by default keys and values are rounded to fp16
 
 
