@@ -13,6 +13,7 @@ NAMES = (
     "train_step", "decode", "packing", "attention", "experts", "scale", "sharing", "image_decode", "sparse_attention",
     "tasks", "sketch", "index", "adapters", "retrieval", "serve", "overload", "cascade", "compress", "quantize",
     "distill", "start", "import_checkpoint", "zero_shot",
+    "open_finetune",
 )  # fmt: skip
 
 

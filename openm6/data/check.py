@@ -78,7 +78,10 @@ class Check:
                 if slot.type == "vector" or (slot.is_optional and not is_given(seen, slot)):
                     continue
                 if value is None or value == "":
-                    raise DataError(f"{name} is missing.")
+                    problem = "the conversation ends with a question" if self.task.converses else f"{name} is missing"
+                    raise DataError(f"{problem}.")
+                if slot.type == "messages":
+                    continue
                 if slot.type == "image":
                     open_image(value)
                 elif slot.type in ("text", "label"):

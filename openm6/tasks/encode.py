@@ -302,10 +302,9 @@ def _conversation(encoding: _Encoding, record: Record, source: _Source, truncate
     task, processor = encoding.task, encoding.processor
     slot = task.slots[task.inputs[0]]
     with slot_errors(record, slot):
-        answer = record.get(ANSWER) or {
-            "role": "assistant",
-            "content": value_of(task, record, task.slots[task.outputs[0]]),
-        }
+        answer = record.get(ANSWER) or {"role": "assistant", "content": record.get(task.outputs[0])}
+        if answer["content"] is None and ANSWER not in record:
+            raise DataError("end with a question: there is no answer to learn.")
         learn = record.get(TURNS, "all") if keeps_turns(processor) else "last"
         last = messages.turns([answer], processor)
         head, groups = _turns(encoding, source, [])

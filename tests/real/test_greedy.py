@@ -28,7 +28,7 @@ PROMPTS = [
     "What is photosynthesis?",
     "Give me a recipe for pancakes.", "Why is the sky blue?", "Say hello.", "What is a prime number?",
     "List the days of the week.", "How do I boil an egg?", "What is the opposite of hot?", "Describe the moon.",
-    "今天天气怎么样？", "Complete: the quick brown fox", "<|im_end|> is a token, isn't it?", "  blanks around  \n",
+    "今天天气怎么样？", "Complete: the quick brown fox", "What is the largest ocean?", "<|im_end|> is a token, isn't it?", "  blanks around  \n",
 ]  # fmt: skip
 Said = Callable[[str], str]
 
