@@ -50,7 +50,7 @@ LONG_AGO = 1_000_000_000
 """Time of all files inside of the program, so that the same modules give the same digest."""
 NEEDS = (
     "numpy>=1.26", "onnxruntime>=1.30", "tokenizers>=0.22,<0.24", "pillow>=11,<13", "pydantic>=2.11,<3", "pyyaml>=6",
-    "starlette", "anyio", "uvicorn>=0.34",
+    "starlette", "anyio", "uvicorn>=0.34", "jinja2>=3.1.6",
 )  # fmt: skip
 """Packages that the program imports; a test compares them with its imports and with pyproject.toml."""
 
@@ -68,11 +68,6 @@ def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
     check_mergeable(path)
     session = Session.load(path, "cpu", trainable=True)
     session.model.eval()
-    if session.processor.chat is not None:
-        raise UsageError(
-            f"{path} is asked by a chat template, which an ONNX bundle does not have yet: train it further with "
-            "model.prompt_format: openm6."
-        )
     tasks = [task for task in session.tasks.values() if is_exportable(task)]
     if not tasks:
         raise UsageError(f"An ONNX bundle can do no task of {path}: {', '.join(session.tasks) or 'it has none'}.")

@@ -15,7 +15,7 @@ from openm6.core.errors import ContextLengthError, ErrorKind, OpenM6Error, Usage
 from openm6.core.images import Features, ImageGrid, check_features
 from openm6.core.sequence import Banned, Sequence, allowed_after
 from openm6.core.tokenizer import Tokenizer
-from openm6.tasks.card import read_card
+from openm6.tasks.card import read_card, read_chat
 from openm6.tasks.encode import encode_prompt
 from openm6.tasks.lengths import check_truncate
 from openm6.tasks.processor import Processor
@@ -152,7 +152,8 @@ class EdgeModel:
         self._network = _session(self.path, "model.onnx", threads)
         self._image_encoder = ImageEncoder(self.path, threads, self.about) if self.about["pictures"] else None
         grid = ImageGrid(self.about["stride"], self.about["max_patches"])
-        self.processor = Processor(Tokenizer.load(self.path), grid, longest, source=self.about["source"])
+        tokenizer, source = Tokenizer.load(self.path), self.about["source"]
+        self.processor = Processor(tokenizer, grid, longest, source=source, chat=read_chat(self.path))
 
     @property
     def image_encoder(self) -> ImageEncoder:

@@ -111,7 +111,10 @@ class Session:
                 f"The model has no adapter {cut(name)}.{suggest(name, list(known))} {there}", param="adapter"
             )
         tasks = [*self.tasks.values(), *(known[name] if name else [])]
-        view = Session(self.model, self.processor, tasks, self.path, self._adapters)
+        processor = self.processor
+        if self._adapters and name:
+            processor = replace(processor, chat=self._adapters.chats[name])
+        view = Session(self.model, processor, tasks, self.path, self._adapters)
         view.active_adapter, view._warned = name or "", self._warned
         return view
 

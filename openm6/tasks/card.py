@@ -1,4 +1,5 @@
-"""openm6.json of a model directory or an ONNX bundle: how records become sequences, and the tasks."""
+"""openm6.json of a model directory or an ONNX bundle: how records become sequences, and the tasks; and beside it the chat
+template of a model that is asked by one."""
 
 import json
 import re
@@ -8,6 +9,7 @@ from typing import Any
 
 from openm6.core.errors import OpenM6Error, UsageError, suggest_path
 from openm6.core.files import require_format
+from openm6.tasks.chat import SOURCE_LIMIT, TEMPLATE, ChatFormat
 from openm6.tasks.grammar import parse, write
 from openm6.tasks.library import task_from_dict
 from openm6.tasks.processor import Processor
@@ -34,6 +36,7 @@ def write_card(path: Path, processor: Processor, tasks: Iterable[Task]) -> None:
             "tokens": dict(processor.chat.tokens), "date": processor.chat.date, "thinking": processor.chat.thinking,
             "system": processor.chat.system, "sampling": dict(processor.chat.sampling),
         }  # fmt: skip
+        (path / TEMPLATE).write_text(processor.chat.template, "utf-8")
     if processor.checkpoint:
         content["checkpoint"] = processor.checkpoint
     (path / NAME).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
@@ -64,16 +67,30 @@ def read_origin(path: Path) -> dict[str, str] | None:
         raise _damaged(card, error) from None
 
 
-def read_chat_settings(path: Path) -> dict[str, Any] | None:
-    """The settings of a model that is asked by its chat template: values of ChatFormat. None for others."""
+def read_chat(path: Path) -> ChatFormat | None:
+    """How the model of a directory is asked by its chat template; None for a model in OpenM6's own form."""
     card = path / NAME
     content = _content(card)
     kind, settings = content.get("prompt_format", "openm6"), content.get("chat")
     if kind == "openm6":
         return None
-    if kind != "chat" or not isinstance(settings, dict):
-        raise OpenM6Error(f"{card} is damaged: its prompt_format is {kind!r}; there are openm6 and chat.")
-    return settings
+    try:
+        if kind == "chat":
+            return ChatFormat(load_template(path), **settings)
+    except TypeError as error:
+        raise _damaged(card, error) from None
+    raise OpenM6Error(f"{card} is damaged: its prompt_format is {kind!r}; there are openm6 and chat.")
+
+
+def load_template(folder: Path) -> str:
+    """The chat template of a directory. Raises OpenM6Error where it is missing, too large or no text."""
+    file = folder / TEMPLATE
+    try:
+        if file.stat().st_size <= 4 * SOURCE_LIMIT:
+            return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        pass
+    raise OpenM6Error(f"{folder} is damaged: its {TEMPLATE} is missing, no text, or has over {4 * SOURCE_LIMIT:,} bytes.")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:

@@ -306,14 +306,32 @@ def _strings(value: Any) -> Iterator[str]:
 @lru_cache(maxsize=16)
 def _compiled(template: str, date: str) -> Any:
     from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import _compile_jinja_template
 
     try:
-        environment = _compile_jinja_template(template).environment
         day = Date.fromisoformat(date)
-        return environment.from_string(template, globals={"strftime_now": lambda form: day.strftime(form)})
+        return _environment().from_string(template, globals={"strftime_now": lambda form: day.strftime(form)})
     except (TemplateError, RecursionError) as error:
         raise OpenM6Error(f"The chat template is damaged: {cut(str(error))}.") from None
+
+
+def _environment() -> Any:
+    """transformers' sandbox for chat templates. On an edge device, which has only the template that was exported with
+    its model, Jinja's sandbox with the same settings."""
+    try:
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        return _compile_jinja_template("").environment
+    except ImportError:
+        from jinja2 import TemplateError, ext
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols])
+    made.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    made.globals["raise_exception"] = refuse
+    return made
 
 
 def _run(template: str, date: str, values: Mapping[str, Any]) -> str:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from openm6.core.errors import OpenM6Error
-from openm6.tasks.chat import SOURCE_LIMIT, TEMPLATE, ChatFormat, end_of, sampling_of
+from openm6.tasks.card import load_template
+from openm6.tasks.chat import TEMPLATE, ChatFormat, end_of, sampling_of
 
 GENERATION = "generation_config.json"
 JSON_LIMIT = 64 * 2**20
@@ -80,18 +81,3 @@ def make_chat(
     ]
     ends = dict.fromkeys([end, *more, tokens.get("eos_token")])
     return CheckpointChat(chosen, tuple(one for one in ends if one in special))
-
-
-def write_template(folder: Path, chat: ChatFormat) -> None:
-    (folder / TEMPLATE).write_text(chat.template, "utf-8")
-
-
-def load_template(folder: Path) -> str:
-    """The template of a directory. Raises OpenM6Error where it is missing, too large or no text."""
-    file = folder / TEMPLATE
-    try:
-        if file.stat().st_size <= 4 * SOURCE_LIMIT:
-            return file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
-        pass
-    raise OpenM6Error(f"{folder} is damaged: its {TEMPLATE} is missing, no text, or has over {4 * SOURCE_LIMIT:,} bytes.")

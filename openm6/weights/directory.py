@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from openm6.core.bases import base_of
-from openm6.core.errors import OpenM6Error, UsageError
+from openm6.core.errors import UsageError
 from openm6.core.files import write_json
 from openm6.core.images import ImageGrid
 from openm6.core.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ from openm6.model.files import check_model, load_model, meta_model, read_config
 from openm6.model.precision import fast_dtype
 from openm6.tasks.card import (
     read_card,
-    read_chat_settings,
+    read_chat,
     read_checkpoint,
     read_origin,
     read_seen_tokens,
@@ -43,7 +43,7 @@ from openm6.tasks.chat import ChatFormat
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
-from openm6.weights.chat_files import GENERATION, load_template, write_template
+from openm6.weights.chat_files import GENERATION
 from openm6.weights.origin import copy_papers
 
 CODEC = "codec"
@@ -52,10 +52,11 @@ CODEC = "codec"
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """Several adapters beside one network: the active one, and the tasks of each."""
+    """Several adapters beside one network: the active one, and the tasks and the chat form of each."""
 
     active: Active
     tasks: dict[str, list[Task]]
+    chats: dict[str, ChatFormat | None]
 
 
 class Opened(NamedTuple):
@@ -88,13 +89,10 @@ def open_processor(path: Path) -> tuple[Processor, list[Task]]:
     tasks, length, prompt = read_card(path)
     place = base_of(path) or path
     codec = PictureCodec.load(place / CODEC) if (place / CODEC).is_dir() else None
-    made = make_processor(read_config(place), Tokenizer.load(place), length, codec, prompt, read_seen_tokens(path))
-    settings, chat = read_chat_settings(path), None
-    if settings is not None:
-        try:
-            chat = ChatFormat(load_template(place), **settings)
-        except TypeError:
-            raise OpenM6Error(f"{path} is damaged: its openm6.json has other settings of a chat form.") from None
+    tokenizer, chat = Tokenizer.load(place), read_chat(path)
+    if chat is None and tokenizer.ends:  # an adapter that leaves its base's chat template out
+        tokenizer = tokenizer.with_ends(())
+    made = make_processor(read_config(place), tokenizer, length, codec, prompt, read_seen_tokens(path))
     return replace(made, origin=read_origin(path), checkpoint=read_checkpoint(path), chat=chat), tasks
 
 
@@ -127,8 +125,6 @@ def describe(
         processor.tokenizer.save(path)
         if processor.codec is not None:
             processor.codec.save(path / CODEC)
-        if processor.chat is not None:
-            write_template(path, processor.chat)
         if generation := (processor.checkpoint or {}).get("generation_config"):
             write_json(path / GENERATION, generation)
     write_card(path, processor, tasks)
@@ -146,4 +142,10 @@ def _beside(base: Path, model: M6, directories: dict[str, Path]) -> Adapters | N
             of = f"one of {beneath}" if beneath else "none at all"
             raise UsageError(f"{path} is no adapter of {base}: it is {of}.")
     tasks = {name: read_card(path)[0] for name, path in directories.items()}
-    return Adapters(lay_beside(model, directories), tasks)
+    chats = {name: read_chat(path) for name, path in directories.items()}
+    for name, chat in chats.items():
+        if (chat is None) != (read_chat(base) is None):
+            raise UsageError(
+                f"{directories[name]} is asked in another form than {base} (prompt_format): open it alone, not beside it."
+            )
+    return Adapters(lay_beside(model, directories), tasks, chats)

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from typer.testing import CliRunner
 
 from openm6.cli import commands
+from openm6.compress.convert import import_model
 from openm6.core.batch import pad
 from openm6.core.errors import ContextLengthError, OpenM6Error, UsageError
 from openm6.core.images import ImageGrid
@@ -37,6 +38,7 @@ from openm6.weights.directory import make_processor
 from tests.conftest import EXPERTS, LLAMA3, YARN, ExactSession, drawing_session, example, tiny_config, tiny_model
 from tests.edge.conftest import ASKED
 from tests.tasks.conftest import picture
+from tests.weights.test_chat_files import checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -335,3 +337,24 @@ def test_what_cannot_be_is_told(model: Path, package: Path, tmp_path: Path, caps
     with pytest.raises(SystemExit) as end:
         main(["--package", str(broken), "tasks"])
     assert end.value.code == 1 and "damaged" in capsys.readouterr().err
+
+
+def test_a_bundle_takes_the_chat_template_along(tmp_path: Path) -> None:
+    """It asks as the model does, and the program has no transformers."""
+    checkpoint(tmp_path / "theirs", "headers")
+    import_model(tmp_path / "theirs", tmp_path / "m6", "none", 0, 256)
+    session = Session.load(tmp_path / "m6", "cpu", trainable=True)
+    labels = get("text_classification").with_labels({"label": ["yes", "no"]})
+    tasks = [labels, get("summary"), get("chat")]
+    made = ExactSession(session.model, session.processor, tasks)
+    made.save(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "bundle")
+    edge = EdgeModel(tmp_path / "bundle")
+    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}, {"role": "user", "content": "a"}]
+    asked = {"text_classification": {"text": "the cat"}, "summary": {"passage": "the dog"}, "chat": {"messages": turns}}
+    for name, record in asked.items():
+        found = edge.answer(name, record, max_new_tokens=8)
+        assert found.value == made.run(name, decoding={"max_new_tokens": 8}, **record)
+    program = [sys.executable, str(tmp_path / "bundle" / "openm6-edge"), "run", "text_classification", "text=the cat"]
+    done = subprocess.run(program, check=True, text=True, capture_output=True)
+    assert done.stdout.strip() in ("yes", "no")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from openm6.core.errors import DataError, OpenM6Error, UsageError
 from openm6.core.images import ImageGrid
 from openm6.core.sequence import CAUSAL, IGNORE
 from openm6.core.tokenizer import Tokenizer
-from openm6.tasks.chat import SECONDS, ChatFormat, end_of, sampling_of
+from openm6.tasks.chat import SECONDS, ChatFormat, _compiled, end_of, sampling_of
 from openm6.tasks.encode import encode_example, encode_prompt
 from openm6.tasks.library import get
 from openm6.tasks.piece import Piece
@@ -305,3 +306,31 @@ def test_a_piece_of_ids_passes_through() -> None:
     pieces = chat.lay_out([{"role": "user", "content": ["a", Piece((tokenizer.image_id, 5))]}], tokenizer)
     assert (tokenizer.image_id, 5) in [tuple(piece.ids) for piece in pieces]
     assert re.search("user", tokenizer.decode([i for piece in pieces for i in piece.ids]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_transformers_a_template_writes_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an edge device."""
+    messages = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", " 你好 "))]
+    expected = ours(name)[0].render(messages, is_open=True)
+    _compiled.cache_clear()
+    monkeypatch.setitem(sys.modules, "transformers.utils.chat_template_utils", None)
+    assert ours(name)[0].render(messages, is_open=True) == expected
+    with pytest.raises(DataError, match="refuses the messages"):
+        ChatFormat("{{ messages.__class__.__mro__ }}").render(messages)
+    _compiled.cache_clear()
+
+
+def test_lines_of_an_instruction(tokenizer: Tokenizer) -> None:
+    """A text, a table or triples outside of a group begin and end lines where the instruction has blanks; all else runs
+    on as it is written."""
+    one = PROCESSORS["chatml"]
+    task = get("product_copy_en")
+    record = {"attributes": {"colour": "red"}, "style": "playful"}
+    said = one.tokenizer.decode(encode_prompt(task, record, one).ids.tolist())
+    assert "Write a short product description from these attributes. Style: playful.\n{" in said
+    said = one.tokenizer.decode(encode_prompt(get("reading_en"), get("reading_en").example, one).ids.tolist())
+    assert said.count("\n") > 4
+    poem = Task.from_instruction("以[text:theme]为题写一首[text:form]。 -> [text:poem]")
+    said = one.tokenizer.decode(encode_prompt(poem, {"theme": "春", "form": "诗"}, one).ids.tolist())
+    assert "以春为题写一首诗。" in said
