@@ -9,10 +9,11 @@ from typing import Any
 
 from openm6.core.errors import OpenM6Error, UsageError, suggest_path
 from openm6.core.files import require_format
-from openm6.tasks.chat import SOURCE_LIMIT, TEMPLATE, ChatFormat
+from openm6.tasks.chat import TEMPLATE, ChatFormat
 from openm6.tasks.grammar import parse, write
 from openm6.tasks.library import task_from_dict
 from openm6.tasks.processor import Processor
+from openm6.tasks.sandbox import SOURCE_LIMIT
 from openm6.tasks.task import Task
 
 NAME = "openm6.json"

@@ -1,8 +1,5 @@
 """The chat form of an imported model: its checkpoint's own template, by which a conversation is laid out.
 
-A template is a program in Jinja. It comes from the model's directory alone, and runs in transformers' sandbox, with a
-bound on its time, its memory and what it writes.
-
 Special tokens come from the template, never from a text: names of special tokens in texts, pictures, and texts that
 may be cut are passed through the template as marks (private characters of Unicode). What it writes is split at its
 special tokens; each stretch between them is encoded whole, as one tokenizer call would, because a newline of the
@@ -12,28 +9,20 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence as Items
 from dataclasses import dataclass, field
 from datetime import date as Date
-from functools import cached_property, lru_cache
-from types import FrameType
+from functools import cached_property
 from typing import Any
 
-from openm6.core.errors import DataError, OpenM6Error, UsageError, cut
+from openm6.core.errors import DataError, UsageError, cut
 from openm6.core.tokenizer import Tokenizer
 from openm6.tasks.piece import Piece
+from openm6.tasks.sandbox import run_template
 
 TEMPLATE = "chat_template.jinja"
 """File of a model directory with its template."""
-
-SOURCE_LIMIT, OUTPUT_LIMIT = 2**18, 2**24
-"""Characters of a template, and of what it writes, at most."""
-
-SECONDS, BYTES = 2.0, 2**29
-"""Time and memory that a template may take for a conversation."""
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -92,7 +81,7 @@ class ChatFormat:
             "add_generation_prompt": is_open, "enable_thinking": self.thinking if thinking is None else thinking,
             "date_string": Date.fromisoformat(self.date).strftime("%d %b %Y"),
         }  # fmt: skip
-        return _run(self.template, self.date, values)
+        return run_template(self.template, self.date, values)
 
     def lay_out(
         self, messages: Items[Message], tokenizer: Tokenizer, thinking: bool | None = None,
@@ -121,12 +110,8 @@ class ChatFormat:
         return marks.pieces(whole, starts)
 
     def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages with the system text of the format, if they have none, and in a form that the template takes."""
-        if messages[0]["role"] != "system":
-            if not self.system:
-                return messages
-            messages = [{"role": "system", "content": self.system}, *messages]
-        if self.has_system or len(messages) < 2:
+        """The messages with the system text, if any, where the template has a place for it."""
+        if messages[0]["role"] != "system" or self.has_system or len(messages) < 2:
             return messages
         system, first, *others = messages
         return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *others]
@@ -298,92 +283,6 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for one in value:
             yield from _strings(one)
-
-
-# The sandbox
-
-
-@lru_cache(maxsize=16)
-def _compiled(template: str, date: str) -> Any:
-    from jinja2 import TemplateError
-
-    try:
-        day = Date.fromisoformat(date)
-        return _environment().from_string(template, globals={"strftime_now": lambda form: day.strftime(form)})
-    except (TemplateError, RecursionError) as error:
-        raise OpenM6Error(f"The chat template is damaged: {cut(str(error))}.") from None
-
-
-def _environment() -> Any:
-    """transformers' sandbox for chat templates. On an edge device, which has only the template that was exported with
-    its model, Jinja's sandbox with the same settings."""
-    try:
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-
-        return _compile_jinja_template("").environment
-    except ImportError:
-        from jinja2 import TemplateError, ext
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols])
-    made.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    made.globals["raise_exception"] = refuse
-    return made
-
-
-def _run(template: str, date: str, values: Mapping[str, Any]) -> str:
-    compiled = _compiled(template, date)
-    bound, before = _Bound(), sys.gettrace()
-    written: list[str] = []
-    sys.settrace(bound.trace)  # of this thread alone
-    try:
-        size = 0
-        for part in compiled.generate(**values):
-            written.append(part)
-            size += len(part)
-            if size > OUTPUT_LIMIT:
-                raise _Exceeded(f"writes more than {OUTPUT_LIMIT:,} characters")
-    except _Exceeded as error:
-        raise DataError(f"The model's chat template {error}.") from None
-    except Exception as error:  # a template can raise anything
-        reason = cut(str(error).rstrip(".") or repr(error))
-        raise DataError(f"The model's chat template refuses the messages: {reason}.") from None
-    finally:
-        sys.settrace(before)
-    return "".join(written)
-
-
-class _Exceeded(BaseException):
-    """A template takes more than it may. No Exception, which a template could not catch, but its filters might."""
-
-
-class _Bound:
-    """Ends a template after each of whose lines it has taken too much. One call of the library is not interrupted."""
-
-    def __init__(self) -> None:
-        self._until = time.monotonic() + SECONDS
-        self._most = _memory() + BYTES
-
-    def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if time.monotonic() > self._until:
-            raise _Exceeded(f"takes longer than {SECONDS:g} s")
-        if _memory() > self._most:
-            raise _Exceeded(f"takes more than {BYTES // 2**20} MiB of memory")
-        return self.trace
-
-
-def _memory() -> int:
-    """The largest resident memory of this process so far, in bytes."""
-    import resource
-
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024
-
-
-# Files of a checkpoint
 
 
 def sampling_of(generation: Mapping[str, Any]) -> dict[str, float]:

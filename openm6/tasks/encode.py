@@ -12,6 +12,7 @@ import numpy as np
 from openm6.core.errors import ContextLengthError, DataError, UsageError
 from openm6.core.sequence import HeadTarget, ImageTarget, Sequence, SketchTarget, TextTarget
 from openm6.tasks import corrupt, drawn, sketch, target
+from openm6.tasks.encode_source import Encoding, Source, encode_source, size_of
 from openm6.tasks.forms import AfterReasoning, answer_constraint, characters
 from openm6.tasks.grammar import Instruction, Slot, slots_of
 from openm6.tasks.heads import HEADS
@@ -28,51 +29,14 @@ from openm6.tasks.turns import Turn, keeps_turns, lay_out_turns
 MASKED_FRACTION = 0.4
 """Fraction of the pictures whose codes are learned by masks; the others are learned in order."""
 
-UNGUIDED_FRACTION = 0.1
-"""Fraction of the pictures without any of the slots that may be dropped, where there are several: guidance leads away
-from pictures drawn without them."""
-
 ANSWER = "_answer"
 """Key of a record with the message that answers its conversation, where it is more than a text."""
 
 TURNS = "_turns"
 """Key of a record of a conversation: "last" where its last answer alone is learned."""
 
-LISTED, LISTED_FRACTION = 32, 0.25
-"""Maximum number of labels that a prompt lists (`[choices|of=label]`), and fraction of the model's positions that they
-may take. More are not listed: the answer is restricted to them all the same."""
-
 VERDICT_FRACTION = 0.05
 """Fraction of the pictures that are whole and get verdicts: half of them are another record's."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoding:
-    """The setting in which the records of one example are encoded.
-
-    rng              of training: draws texts, corruptions and dropped slots; None: the same each time
-    max_positions    of a request: positions of the model, by which the size of a value is checked
-    system           system text of a request; None: the task's, else that of the model's chat form
-    thinking         whether the model is to reason first, where its chat template has a switch; None: its own default
-    """
-
-    task: Task
-    instruction: Instruction
-    processor: Processor
-    rng: np.random.Generator | None = None
-    max_positions: int | None = None
-    system: str | None = None
-    thinking: bool | None = None
-
-
-class _Source(NamedTuple):
-    """An encoded left side: its pieces, the texts that were taken out of it by slot, the index of each slot's piece;
-    or the turns of its slot of messages."""
-
-    pieces: list[Piece]
-    complements: dict[str, str]
-    places: dict[str, int]
-    turns: list[Turn]
 
 
 def asked_of(task: Task, processor: Processor) -> Task:
@@ -95,8 +59,8 @@ def encode_prompt(
     Raises DataError, which names the slot, for a record that cannot be used; ContextLengthError, with its positions and
     the model's, for a prompt that is too long, with the number of shots that fit."""
     record, truncate, lost = _before_truncation(task, record, processor, shots, truncate)
-    encoding = _Encoding(task, task.instructions[0], processor, None, processor.max_length, system, thinking)
-    source = _encode_source(encoding, record)
+    encoding = Encoding(task, task.instructions[0], processor, None, processor.max_length, system, thinking)
+    source = encode_source(encoding, record)
     if task.sketch:
         return _sketch_prompt(encoding, record, source, truncate, lost)
     prompt = _lay_out(encoding, record, source, None, shots, truncate)
@@ -129,8 +93,8 @@ def encode_example(
     `shots`, `truncate` and errors as in `encode_prompt`; training leaves out the first of too many shots."""
     record, permitted, lost = _before_truncation(task, record, processor, shots, truncate)
     number = 0 if rng is None or len(task.instructions) == 1 else int(rng.integers(len(task.instructions)))
-    encoding = _Encoding(task, task.instructions[number], processor, rng)
-    source = _encode_source(encoding, record, corrupted=True)
+    encoding = Encoding(task, task.instructions[number], processor, rng)
+    source = encode_source(encoding, record, corrupted=True)
     if source.turns:
         return _conversation(encoding, record, source, permitted)
     ids = None if task.produces_no_tokens else _encode_target(encoding, record, source.complements)
@@ -168,92 +132,7 @@ def _before_truncation(
     return {**record, **{name: value[-most:] for name, value in long.items()}}, truncate, lost
 
 
-def _encode_source(encoding: _Encoding, record: Record, corrupted: bool = False) -> _Source:
-    """Encode the left side of the instruction; `corrupted`: with the corruptions of its slots."""
-    task, processor = encoding.task, encoding.processor
-    source = _Source([], {}, {}, [])
-    # A verdict refers to all inputs.
-    rng = None if task.draws and drawn.verdicts_of(record) else encoding.rng
-    unguided = rng is not None and task.controls > 1 and rng.random() < UNGUIDED_FRACTION
-    after_text = False  # two texts that touch are kept apart
-    lines = _lines(encoding.instruction) if processor.chat else frozenset()
-    for number, part in enumerate(encoding.instruction.source):
-        if number in lines and source.pieces:
-            source.pieces.append(spoken("\n", processor))
-        if isinstance(part, str):
-            text = part if source.pieces else part.lstrip()
-            _add_text(source, processor, _between(text, number, lines))
-            after_text = False
-            continue
-        listed = _listed(encoding, record, part) if part.type == "choices" else ()
-        is_absent = not listed if part.type == "choices" else not is_given(record, part)
-        if part.is_optional and (is_absent or unguided or (rng is not None and part.drop and rng.random() < part.drop)):
-            continue
-        value = listed or value_of(task, record, part, encoding.rng, encoding.max_positions)
-        if part.before:
-            _add_text(source, processor, part.before if source.pieces else part.before.lstrip())
-            after_text = False
-        with slot_errors(record, part):
-            if (part.mask or part.prefix) and corrupted:
-                text = as_text(value)
-                own = encoding.rng or corrupt.own_generator(text)
-                value, source.complements[part.name] = (
-                    corrupt.mask(text, part.mask, own) if part.mask else corrupt.prefix(text, own)
-                )
-            elif part.mask:
-                value = corrupt.written_gaps(as_text(value))
-            if part.type == "messages":
-                source.turns.extend(messages.turns(value, processor))
-                continue
-            piece = TYPES[part.type].source(value, processor)
-        if after_text and not processor.chat and part.type in target.SPOKEN:
-            source.pieces.append(Piece((processor.tokenizer.row_id,)))
-        source.places[part.name] = len(source.pieces)
-        source.pieces.append(piece)
-        after_text = part.type in target.SPOKEN
-        if part.after:
-            _add_text(source, processor, part.after)
-            after_text = False
-    return source
-
-
-_ON_LINES = ("text", "table", "triples")
-"""Slot types that stand on lines of their own where a chat template asks."""
-
-
-def _lines(instruction: Instruction) -> frozenset[int]:
-    """The numbers of the parts that begin a line where a chat template asks: where the line of the instruction has a
-    blank beside a text, a table or triples that are not in a group, as in a letter; elsewhere it runs on."""
-    parts = instruction.source
-
-    def stands_alone(part: str | Slot) -> bool:
-        return isinstance(part, Slot) and part.type in _ON_LINES and not part.is_grouped
-
-    return frozenset(
-        number for number in instruction.apart if stands_alone(parts[number]) or stands_alone(parts[number - 1])
-    )
-
-
-def _between(text: str, number: int, lines: frozenset[int]) -> str:
-    """A plain text without the blanks that its line breaks take the place of."""
-    text = text.lstrip() if number in lines else text
-    return text.rstrip() if number + 1 in lines else text
-
-
-def _add_text(source: _Source, processor: Processor, text: str) -> None:
-    source.pieces.append(spoken(text, processor) if processor.chat else Piece(processor.tokenizer.encode_often(text)))
-
-
-def _listed(encoding: _Encoding, record: Record, slot: Slot) -> tuple[str, ...]:
-    """The labels that the prompt lists: those of the record or the task, if they are few and short enough."""
-    labels = labels_of(encoding.task, record, slot.of, encoding.max_positions)
-    if len(labels) > LISTED:
-        return ()
-    room = encoding.processor.max_length * LISTED_FRACTION
-    return labels if len(TYPES["choices"].target(labels, encoding.processor)) <= room else ()
-
-
-def _encode_target(encoding: _Encoding, record: Record, complements: Mapping[str, str]) -> Items[int]:
+def _encode_target(encoding: Encoding, record: Record, complements: Mapping[str, str]) -> Items[int]:
     """Encode the right side of the instruction; `complements` are the texts taken out of the source."""
     written = {}
     for slot in slots_of(encoding.instruction.target).values():
@@ -265,21 +144,21 @@ def _encode_target(encoding: _Encoding, record: Record, complements: Mapping[str
     return target.join(encoding.instruction.target, written, encoding.processor.tokenizer)
 
 
-def _encode_shot(encoding: _Encoding, record: Record) -> list[Turn]:
+def _encode_shot(encoding: Encoding, record: Record) -> list[Turn]:
     """Encode a record with its answer, to stand before another: all of it is source and is never cut."""
     task, processor = encoding.task, encoding.processor
     if task.draws or task.produces_no_tokens or task.converses:
         raise UsageError(
             f"The task {task.name} takes no examples: it does not answer in words, or has turns of its own."
         )
-    source = _encode_source(encoding, record, corrupted=True)
+    source = encode_source(encoding, record, corrupted=True)
     answer = _encode_target(encoding, record, source.complements)
     asked = Turn("user", [piece._replace(cuttable=False) for piece in source.pieces])
     text = processor.tokenizer.decode(answer) if processor.chat else None
     return [asked, Turn("assistant", [Piece((), text=text) if text else Piece(answer)])]
 
 
-def _turns(encoding: _Encoding, source: _Source, shots: Items[list[Turn]]) -> tuple[list[Turn], list[list[Turn]]]:
+def _turns(encoding: Encoding, source: Source, shots: Items[list[Turn]]) -> tuple[list[Turn], list[list[Turn]]]:
     """The turns before an answer: those that stay, and groups of which the first are left out where there is no room.
     The last group is the question."""
     chat, own = encoding.processor.chat, source.turns
@@ -296,7 +175,7 @@ def _turns(encoding: _Encoding, source: _Source, shots: Items[list[Turn]]) -> tu
     return head, [*shots, *groups]
 
 
-def _conversation(encoding: _Encoding, record: Record, source: _Source, truncate: str | None) -> Sequence:
+def _conversation(encoding: Encoding, record: Record, source: Source, truncate: str | None) -> Sequence:
     """The example of a conversation whose answer, and earlier ones where the model's form allows it, are learned. The
     first turns are left out where there is no room."""
     task, processor = encoding.task, encoding.processor
@@ -323,18 +202,16 @@ def _conversation(encoding: _Encoding, record: Record, source: _Source, truncate
                 if dropped == len(groups) - 1:
                     raise
     left_out = [piece for group in groups[:dropped] for turn in group for piece in turn.pieces]
-    example.truncated = sum(_size(piece, processor) for piece in left_out)
+    example.truncated = sum(size_of(piece, processor) for piece in left_out)
     return example
 
 
-def _size(piece: Piece, processor: Processor) -> int:
-    return len(piece.ids) if piece.text is None else len(processor.tokenizer.encode(piece.text))
 
 
 def _lay_out(
-    encoding: _Encoding,
+    encoding: Encoding,
     record: Record,
-    source: _Source,
+    source: Source,
     ids: Items[int] | None,
     shots: Items[Record],
     truncate: str | None,
@@ -373,7 +250,7 @@ def _lay_out(
     return found
 
 
-def _sketch_prompt(encoding: _Encoding, record: Record, source: _Source, truncate: str | None, lost: int) -> Sequence:
+def _sketch_prompt(encoding: Encoding, record: Record, source: Source, truncate: str | None, lost: int) -> Sequence:
     """The prompt of a task with a sketch. The slot of the sketch is never shortened."""
     task, processor = encoding.task, encoding.processor
     number, end = source.places[task.sketch] + 1, Piece((processor.tokenizer.answer_id,))
@@ -395,7 +272,7 @@ def _sketch_prompt(encoding: _Encoding, record: Record, source: _Source, truncat
 
 
 def _image_objective(
-    encoding: _Encoding,
+    encoding: Encoding,
     record: Record,
     example: Sequence,
     codes: np.ndarray,
@@ -432,10 +309,10 @@ def _image_objective(
 
 
 def _too_long(
-    encoding: _Encoding, record: Record, source: _Source, error: Exception, is_truncatable: bool
+    encoding: Encoding, record: Record, source: Source, error: Exception, is_truncatable: bool
 ) -> ContextLengthError:
     """The error with the record's place and, for a request that may be truncated, its longest text."""
-    every = [_size(piece, encoding.processor) for piece in source.pieces]
+    every = [size_of(piece, encoding.processor) for piece in source.pieces]
     sizes = {name: every[n] for name, n in source.places.items() if source.pieces[n].cuttable}
     sizes.pop(encoding.task.sketch, None)
     longest, advice = max(sizes, key=lambda name: sizes[name], default=None), ""

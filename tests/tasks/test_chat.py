@@ -14,11 +14,12 @@ from openm6.core.errors import DataError, OpenM6Error, UsageError
 from openm6.core.images import ImageGrid
 from openm6.core.sequence import CAUSAL, IGNORE
 from openm6.core.tokenizer import Tokenizer
-from openm6.tasks.chat import SECONDS, ChatFormat, _compiled, end_of, sampling_of
+from openm6.tasks.chat import ChatFormat, end_of, sampling_of
 from openm6.tasks.encode import encode_example, encode_prompt
 from openm6.tasks.library import get
 from openm6.tasks.piece import Piece
 from openm6.tasks.processor import Processor
+from openm6.tasks.sandbox import SECONDS, compiled_template
 from openm6.tasks.task import Task
 from tests.tasks.conftest import picture
 from tests.tasks.templates import FAMILIES, ours, theirs
@@ -313,12 +314,12 @@ def test_without_transformers_a_template_writes_the_same(name: str, monkeypatch:
     """On an edge device."""
     messages = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", " 你好 "))]
     expected = ours(name)[0].render(messages, is_open=True)
-    _compiled.cache_clear()
+    compiled_template.cache_clear()
     monkeypatch.setitem(sys.modules, "transformers.utils.chat_template_utils", None)
     assert ours(name)[0].render(messages, is_open=True) == expected
     with pytest.raises(DataError, match="refuses the messages"):
         ChatFormat("{{ messages.__class__.__mro__ }}").render(messages)
-    _compiled.cache_clear()
+    compiled_template.cache_clear()
 
 
 def test_lines_of_an_instruction(tokenizer: Tokenizer) -> None:
