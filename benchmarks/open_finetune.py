@@ -52,7 +52,11 @@ def run(root: Path = ROOT, steps: int = STEPS, limit: int = LIMIT) -> tuple[list
 
 def _row(name: str, model: Path, task: Path, seconds: float, limit: int) -> dict[str, Any]:
     found = json.loads(_openm6("eval", model, "--task", task, "--data", TEST, "--limit", limit, "--json"))
-    return {"side": name, "accuracy": found["scores"]["accuracy"]["value"], "minutes of training": round(seconds / 60, 1)}
+    return {
+        "side": name,
+        "accuracy": found["scores"]["accuracy"]["value"],
+        "minutes of training": round(seconds / 60, 1),
+    }
 
 
 def _openm6(*arguments: object) -> str:

@@ -18,10 +18,12 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
         {"text": text, "choices": ["positive", "negative"]}
         for text in ("I love this dress, it fits.", "The zip broke on the first day.", "Soft and warm.")
     ],
-    "question_answering_en": [{"question": f"What is the capital of {place}?"} for place in ("France", "Japan", "Spain")],
+    "question_answering_en": [
+        {"question": f"What is the capital of {place}?"} for place in ("France", "Japan", "Spain")
+    ],
     "summary_en": [
-        {"passage": "The shop opens at nine. On Sundays it is closed. Parcels can be returned within thirty days, if the "
-         "label is on them, and money comes back within a week."},
+        {"passage": "The shop opens at nine. On Sundays it is closed. Parcels can be returned within thirty days, if "
+         "the label is on them, and money comes back within a week."},
     ],
 }  # fmt: skip
 

@@ -1,5 +1,5 @@
-"""openm6.json of a model directory or an ONNX bundle: how records become sequences, and the tasks; and beside it the chat
-template of a model that is asked by one."""
+"""openm6.json of a model directory or an ONNX bundle: how records become sequences, and the tasks; and beside it the
+chat template of a model that is asked by one."""
 
 import json
 import re
@@ -72,7 +72,7 @@ def read_chat(path: Path) -> ChatFormat | None:
     """How the model of a directory is asked by its chat template; None for a model in OpenM6's own form."""
     card = path / NAME
     content = _content(card)
-    kind, settings = content.get("prompt_format", "openm6"), content.get("chat")
+    kind, settings = content.get("prompt_format", "openm6"), dict(content.get("chat") or {})
     if kind == "openm6":
         return None
     try:
@@ -91,7 +91,9 @@ def load_template(folder: Path) -> str:
             return file.read_text("utf-8")
     except (OSError, UnicodeDecodeError):
         pass
-    raise OpenM6Error(f"{folder} is damaged: its {TEMPLATE} is missing, no text, or has over {4 * SOURCE_LIMIT:,} bytes.")
+    raise OpenM6Error(
+        f"{folder} is damaged: its {TEMPLATE} is missing, no text, or has over {4 * SOURCE_LIMIT:,} bytes."
+    )
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:

@@ -4,25 +4,24 @@ encode_prompt    in use: the source, up to `<|answer|>`
 encode_example   in training and measuring: the source, corrupted, and what is learned of its answer"""
 
 from collections.abc import Callable, Mapping, Sequence as Items
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
 
 from openm6.core.errors import ContextLengthError, DataError, UsageError
 from openm6.core.sequence import HeadTarget, ImageTarget, Sequence, SketchTarget, TextTarget
-from openm6.tasks import corrupt, drawn, sketch, target
+from openm6.tasks import drawn, sketch, target
 from openm6.tasks.encode_source import Encoding, Source, encode_source, size_of
 from openm6.tasks.forms import AfterReasoning, answer_constraint, characters
-from openm6.tasks.grammar import Instruction, Slot, slots_of
+from openm6.tasks.grammar import slots_of
 from openm6.tasks.heads import HEADS
 from openm6.tasks.layout import lay_out
 from openm6.tasks.lengths import CHARACTERS
 from openm6.tasks.piece import Piece
 from openm6.tasks.processor import Processor
-from openm6.tasks.record import Record, is_given, labels_of, record_errors, slot_errors, value_of, where
+from openm6.tasks.record import Record, record_errors, slot_errors, value_of, where
 from openm6.tasks.slots import TYPES, image, messages
-from openm6.tasks.slots.text import as_text, spoken
+from openm6.tasks.slots.text import spoken
 from openm6.tasks.task import Task
 from openm6.tasks.turns import Turn, keeps_turns, lay_out_turns
 
@@ -204,8 +203,6 @@ def _conversation(encoding: Encoding, record: Record, source: Source, truncate: 
     left_out = [piece for group in groups[:dropped] for turn in group for piece in turn.pieces]
     example.truncated = sum(size_of(piece, processor) for piece in left_out)
     return example
-
-
 
 
 def _lay_out(

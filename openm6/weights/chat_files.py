@@ -68,7 +68,7 @@ def make_chat(
     """`names`: special tokens as tokenizer_config.json has them. Raises OpenM6Error or UsageError, with the path, for a
     template that does not render, or after whose answers no special token stands."""
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in names.items()}
-    tokens = {name: texts[name] for name in _TOKENS if isinstance(texts.get(name), str)}
+    tokens = {name: text for name in _TOKENS if isinstance(text := texts.get(name), str)}
     special = {one.content for one in fast.get_added_tokens_decoder().values() if one.special}
     chosen = ChatFormat(template, tokens, date.today().isoformat(), sampling=sampling_of(generation))
     try:

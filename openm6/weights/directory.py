@@ -146,6 +146,6 @@ def _beside(base: Path, model: M6, directories: dict[str, Path]) -> Adapters | N
     for name, chat in chats.items():
         if (chat is None) != (read_chat(base) is None):
             raise UsageError(
-                f"{directories[name]} is asked in another form than {base} (prompt_format): open it alone, not beside it."
+                f"{directories[name]} is asked in another form than {base} (prompt_format): open it alone."
             )
     return Adapters(lay_beside(model, directories), tasks, chats)

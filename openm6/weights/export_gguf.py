@@ -16,8 +16,8 @@ from openm6.core.errors import UsageError
 from openm6.core.extras import require
 from openm6.model.config import ModelConfig
 from openm6.model.rotary import llama3_factors
-from openm6.weights.checkpoint import Checkpoint, Stored
 from openm6.tasks.chat import TEMPLATE
+from openm6.weights.checkpoint import Checkpoint, Stored
 from openm6.weights.export_checkpoint import Exported, Progress, cast, write_papers
 from openm6.weights.families import EXPERT_KEYS, FAMILIES, tensors
 from openm6.weights.gguf_file import FACTORS, KEYS, YARN_KEYS, placing

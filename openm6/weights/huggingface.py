@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,9 @@ def _tokenizer_config(path: Path) -> dict[str, Any]:
     """The special tokens by name, and what else transformers' class is told; tokenizer.json has all tokens."""
     names = ("special_tokens_map.json", "tokenizer_config.json")  # older and newer versions
     found = {key: value for name in names if (path / name).is_file() for key, value in json_of(path / name).items()}
-    return {key: value for key, value in found.items() if key not in ("added_tokens_decoder", "auto_map", "chat_template")}
+    return {
+        key: value for key, value in found.items() if key not in ("added_tokens_decoder", "auto_map", "chat_template")
+    }
 
 
 def stored_tensors(path: Path) -> dict[str, Stored]:

@@ -350,7 +350,11 @@ def test_a_bundle_takes_the_chat_template_along(tmp_path: Path) -> None:
     made.save(tmp_path / "model")
     export(tmp_path / "model", tmp_path / "bundle")
     edge = EdgeModel(tmp_path / "bundle")
-    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}, {"role": "user", "content": "a"}]
+    turns = [
+        {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": "sat"},
+        {"role": "user", "content": "a"},
+    ]
     asked = {"text_classification": {"text": "the cat"}, "summary": {"passage": "the dog"}, "chat": {"messages": turns}}
     for name, record in asked.items():
         found = edge.answer(name, record, max_new_tokens=8)

@@ -24,11 +24,11 @@ from tests.conftest import exact
 NEW = 32
 PROMPTS = [
     "What is the capital of France?", "Name three colours.", "Tell me a joke about a cat.", "What is 2 + 2?",
-    "Write a haiku about rain.", "Who wrote Hamlet?", "Translate 'good morning' into Spanish.",
-    "What is photosynthesis?",
-    "Give me a recipe for pancakes.", "Why is the sky blue?", "Say hello.", "What is a prime number?",
+    "Write a haiku about rain.", "Who wrote Hamlet?", "Translate 'good morning' into Spanish.", "Say hello.",
+    "What is photosynthesis?", "Give me a recipe for pancakes.", "Why is the sky blue?", "What is a prime number?",
     "List the days of the week.", "How do I boil an egg?", "What is the opposite of hot?", "Describe the moon.",
-    "今天天气怎么样？", "Complete: the quick brown fox", "What is the largest ocean?", "<|im_end|> is a token, isn't it?", "  blanks around  \n",
+    "今天天气怎么样？", "Complete: the quick brown fox", "What is the largest ocean?", "  blanks around  \n",
+    "<|im_end|> is a token, isn't it?",
 ]  # fmt: skip
 Said = Callable[[str], str]
 

@@ -13,9 +13,10 @@ import torch
 from openm6.compress.convert import import_model
 from openm6.core.batch import pad
 from openm6.core.errors import OpenM6Error, UsageError
-from openm6.core.sequence import Banned, Sequence
+from openm6.core.sequence import IGNORE, Banned, Sequence
 from openm6.inference.request import Request
 from openm6.inference.session import Session
+from openm6.tasks.encode import encode_example
 from openm6.tasks.library import get
 from tests.conftest import exact
 from tests.tasks.templates import CHATML, FAMILIES, fast_tokenizer, named_tokens, theirs
@@ -158,3 +159,26 @@ def test_a_model_directory_without_its_template_is_damaged(tmp_path: Path) -> No
     (tmp_path / "m6" / "chat_template.jinja").unlink()
     with pytest.raises(OpenM6Error, match="its chat_template.jinja is missing"):
         Session.load(tmp_path / "m6")
+
+
+@torch.no_grad()
+def test_a_later_turn_changes_nothing_of_an_earlier_one(tmp_path: Path) -> None:
+    """Of equal length: bit by bit; of another length, where sums are split otherwise, within 1e-5."""
+    checkpoint(tmp_path / "theirs")
+    import_model(tmp_path / "theirs", tmp_path / "m6", "none", 0, 256)
+    session = exact(Session.load(tmp_path / "m6", trainable=True))
+
+    def losses(third: str) -> torch.Tensor:
+        turns = [("user", "the cat"), ("assistant", "sat on the mat"), ("user", "the dog"), ("assistant", "sat")]
+        messages = [{"role": role, "content": text} for role, text in (*turns, ("user", third))]
+        example = encode_example(get("chat"), {"messages": messages, "answer": "on the log"}, session.processor)
+        assert (example.labels == session.processor.tokenizer.end_id).sum() == 3
+        labels = torch.from_numpy(example.labels).long()
+        logits = session.model.logits(session.model(pad([example], 0)).hidden)[0]
+        found = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)
+        return found[: int((labels == session.processor.tokenizer.end_id).nonzero()[0]) + 1]
+
+    first = losses("the mat")
+    assert (first > 0).sum() > 3
+    assert torch.equal(losses("the log"), first)
+    torch.testing.assert_close(losses("the mat, the log and all the others"), first, atol=1e-5, rtol=0)
