@@ -36,7 +36,9 @@ def test_names_encoding_and_no_cache_of_data_check(tmp_path: Path, cache: Path) 
 
 
 def test_every_command_that_takes_a_format_takes_what_messages_of_reading_name() -> None:
-    takers = {name: found for name, found in options_of(typer.main.get_command(commands())) if "--format" in found}
+    options = dict(options_of(typer.main.get_command(commands())))
+    del options["models export"]  # whose format is that of what it writes
+    takers = {name: found for name, found in options.items() if "--format" in found}
     assert len(takers) > 8
     for name, found in takers.items():
         assert found >= {"--encoding", "--names", "--no-cache"}, name

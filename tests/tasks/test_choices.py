@@ -8,7 +8,8 @@ import pytest
 
 from openm6.core.errors import DataError, UsageError
 from openm6.core.sequence import TextTarget
-from openm6.tasks.encode import LISTED, encode_example, encode_prompt
+from openm6.tasks.encode import encode_example, encode_prompt
+from openm6.tasks.encode_source import LISTED
 from openm6.tasks.library import get
 from openm6.tasks.processor import Processor
 from openm6.tasks.record import labels_of
