@@ -1,6 +1,7 @@
-"""Seconds and peak memory of `openm6 models import` on random checkpoints of Qwen3's shapes, in bf16 and four files.
+"""Seconds and peak memory of `openm6 models import`, and of the export back, on random checkpoints of Qwen3's shapes.
 
-The peak is that of the resident set of a process that does nothing else (VmHWM of Linux), its libraries included.
+They are in bf16 and in four files. The peak is that of the resident set of a process that does nothing else (VmHWM of
+Linux), its libraries included.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from transformers import Qwen3Config
 from openm6.model.files import write_shards, write_tensors
 from openm6.weights.families import model_config, tensors
 
-TITLE = "Import of an open checkpoint: time and peak memory"
+TITLE = "Import and export of an open checkpoint: time and peak memory"
 SHARDS = 4
 SHAPES: dict[str, dict[str, Any]] = {
     "Qwen3-0.6B": {
@@ -37,13 +38,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """The larger one needs 34 GB of disk for a while."""
-_IMPORT = """
+_RUN = """
 import sys, time
 from pathlib import Path
-from openm6.compress.convert import import_model
+from openm6.compress.convert import export_model, import_model
 peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 start, before = time.perf_counter(), peak()
-import_model(Path(sys.argv[1]), Path(sys.argv[2]), "none", 1024, 1024)
+source, output = map(Path, sys.argv[2:])
+if sys.argv[1] == "import":
+    import_model(source, output, "none", 1024, 1024)
+else:
+    export_model(source, output, "huggingface")
 print(time.perf_counter() - start, before, peak())
 """
 
@@ -57,18 +62,24 @@ def run(shapes: dict[str, dict[str, Any]] | None = None, vocabulary: int = 151_9
             size = _write(source, {**sizes, "vocab_size": vocabulary})
             written = time.perf_counter() - start
             largest = max(file.stat().st_size for file in source.glob("*.safetensors"))
-            done = subprocess.run(
-                [sys.executable, "-c", _IMPORT, str(source), str(output)], check=True, capture_output=True, text=True
-            )
-            seconds, before, peak = map(float, done.stdout.split())
+            seconds, before, peak = _measure("import", source, output)
             shutil.rmtree(source)
+            back, _, back_peak = _measure("export", output, source)
             rows.append({
                 "checkpoint": name, "GB": round(size / 1e9, 2), "largest file, GB": round(largest / 1e9, 2),
                 "written at random, s": round(written, 1), "imported, s": round(seconds, 1),
                 "GB/s": round(size / 1e9 / seconds, 2), "libraries, GB": round(before / 1e9, 2),
                 "peak, GB": round(peak / 1e9, 2), "peak / largest file": round(peak / largest, 2),
+                "exported, s": round(back, 1), "peak of the export, GB": round(back_peak / 1e9, 2),
             })  # fmt: skip
     return rows, "Random weights in bf16 and four files; the model directory that is written has as many bytes."
+
+
+def _measure(what: str, source: Path, output: Path) -> list[float]:
+    """Seconds, and the bytes of the peak before and after."""
+    words = [sys.executable, "-c", _RUN, what, str(source), str(output)]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    return list(map(float, done.stdout.split()))
 
 
 def _write(folder: Path, sizes: dict[str, Any]) -> int:

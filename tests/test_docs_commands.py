@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import yaml
 from gguf import GGMLQuantizationType
+from peft import LoraConfig, get_peft_model
 
 import openm6
 from openm6.core.environment import HOME
@@ -202,7 +203,9 @@ def _adapters(_: Walk) -> None:
 
 
 def _open_models(_: Walk) -> None:
-    save(network("qwen3", tie_word_embeddings=True), Path("qwen3"))
+    theirs = network("qwen3", tie_word_embeddings=True)
+    save(theirs, Path("qwen3"))
+    get_peft_model(theirs, LoraConfig(target_modules=["q_proj", "v_proj"])).save_pretrained("peft")
     write_gguf(network("llama", tie_word_embeddings=True), Path("smollm2.gguf"), GGMLQuantizationType.Q8_0)
 
 

@@ -37,6 +37,7 @@ REPLACED = {
     "MODEL": "runs/demo/model",
     "/path/to/Qwen3-0.6B": "qwen3",
     "/path/to/SmolLM2-135M-Instruct-Q8_0.gguf": "smollm2.gguf",
+    "/path/to/adapter": "peft",
     '"photo": "..."': f'"photo": "{PHOTO}"',
     "base64,...": f"base64,{PHOTO}",
     "train.steps=500": "train.steps=2",

@@ -37,7 +37,7 @@ def import_(
     ],
     output: Output,
     base: Annotated[
-        str, typer.Option(help="Of an adapter: the model imported from the checkpoint that it was trained on.")
+        str, typer.Option(help="For an adapter: the model imported from the checkpoint that it was trained on.")
     ] = "",
     image_embedder: Annotated[
         str, typer.Option(help="Image encoder with random weights: stem, patch, resnet or none.")
