@@ -91,7 +91,7 @@ def test_generate_gives_our_answers(
     )[:, ids.shape[1] :]  # fmt: skip
     assert torch.equal(found, again)
     if beams == 1:
-        expected = generate(ours, [prompt(text, source) for text in texts], END, Decoding(max_new_tokens=8))
+        expected = generate(ours, [prompt(text, source) for text in texts], [END], Decoding(max_new_tokens=8))
         for row, one in zip(found.tolist(), expected, strict=True):
             assert row[: len(one.ids)] == one.ids
             assert row[len(one.ids) : len(one.ids) + 1] in ([], [END])

@@ -94,7 +94,8 @@ def test_a_task_works_on_its_example(processor: Processor, name: str) -> None:
 ENGLISH = [name for name in names() if name.endswith("_en")]
 FEW = {
     "language_modelling", "text_denoising", "image_captioning", "image_text_denoising", "masked_captioning", "caption",
-    "chat", "vqa", "ocr", "grounding", "product_attributes", "placed_attributes", "located_attributes", "worn_attributes",
+    "chat", "vqa", "ocr", "grounding", "product_attributes", "placed_attributes", "located_attributes",
+    "worn_attributes",
 }  # fmt: skip
 """Pretraining objectives, which have no words, and tasks on pictures that classify nothing."""
 

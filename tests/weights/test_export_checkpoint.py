@@ -85,18 +85,20 @@ def test_files_of_the_tokenizer_are_those_of_the_checkpoint(tmp_path: Path) -> N
     path = save(network("llama"), tmp_path / "theirs")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "model_max_length": 512,
-        "chat_template": "{{ messages }}",
     }  # fmt: skip
-    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    (path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    (path / "generation_config.json").write_text('{"eos_token_id": [1, 0], "temperature": 0.6}')
     import_model(path, tmp_path / "ours", "none", 16, 64)
-    for name in ("generation_config.json", "chat_template.jinja"):
-        (tmp_path / "ours" / name).write_text('{"eos_token_id": [1, 0], "temperature": 0.6}')
     export_model(tmp_path / "ours", tmp_path / "back", "huggingface")
     assert json.loads((tmp_path / "back" / "tokenizer.json").read_text()) == json.loads(
         (path / "tokenizer.json").read_text()
     )
     assert json.loads((tmp_path / "back" / "tokenizer_config.json").read_text()) == config
-    assert json.loads((tmp_path / "back" / "generation_config.json").read_text())["eos_token_id"] == [1, 0]
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text()) == json.loads(
+        (path / "generation_config.json").read_text()
+    )
+    assert (tmp_path / "back" / "chat_template.jinja").read_text() == template
     opened = AutoTokenizer.from_pretrained(tmp_path / "back")
     assert (
         opened.eos_token == "<|im_end|>"
