@@ -35,17 +35,21 @@ from openm6.model import M6
 from openm6.tasks.library import get
 from openm6.tasks.processor import Processor
 from tests.conftest import command, tiny_config
-from tests.tasks.conftest import picture, tokenizer
+from tests.tasks.conftest import picture
 
 pytestmark = pytest.mark.slow
-
-__all__ = ["tokenizer"]
 
 COLOURS = ("红色", "蓝色")
 
 
 def _photo(number: int) -> bytes:
     return picture(16, 16, seed=number)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """One that the library's growth does not change: what a few steps learn depends on it."""
+    return Tokenizer.train([f"{colour}的{number}是？" for colour in COLOURS for number in range(200)], 600, 16)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +100,7 @@ def _keep(device: Path, count: int, mode: str = "all", task: str = "vqa") -> Non
 @pytest.mark.slow
 def test_a_round_learns_and_is_promoted(device: Path, known: Path) -> None:
     _keep(device, 120)
-    found = learn(device, steps=60, batch_size=24, learning_rate=3e-3)
+    found = learn(device, steps=60, batch_size=24, learning_rate=1e-2)
     told = found["tasks"]["vqa"]
     assert told["learned"] + told["held_out"] == 120 and told["held_out"] > 10
     assert told["held_out_after"] > 0.9 > told["held_out_before"]
@@ -115,7 +119,7 @@ def test_a_round_learns_and_is_promoted(device: Path, known: Path) -> None:
         asked = {"photo": _photo(number), "question": f"{COLOURS[number % 2]}的{number}是？"}
         kept.keep("vqa", asked, COLOURS[1 - number % 2], "")
     kept.close()
-    found = learn(device, steps=80, batch_size=24, learning_rate=3e-3)
+    found = learn(device, steps=60, batch_size=24, learning_rate=1e-2)
     assert found["tasks"]["vqa"]["held_out_after"] > 0.9 and found["tasks"]["vqa"]["after"] < 0.1
     assert not found["better"] and EdgeDevice(device).version == "0002" and not (device / "versions/0003").exists()
 
@@ -124,7 +128,7 @@ def test_a_round_learns_and_is_promoted(device: Path, known: Path) -> None:
 def test_learning_from_features_keeps_the_image_encoder(device: Path, model: Path) -> None:
     (device / "edge.toml").write_text(settings_toml(Settings(privacy="features")), "utf-8")
     _keep(device, 100, "features")
-    found = learn(device, steps=60, batch_size=24, learning_rate=3e-3)
+    found = learn(device, steps=60, batch_size=24, learning_rate=1e-2)
     assert found["better"], found
     before, after = (
         Session.load(place, "cpu", trainable=True).model for place in (model, device / "versions/0002/model")
