@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import logging
@@ -19,7 +20,8 @@ from typing import Any
 import gradio as gr
 import yaml
 
-from openm6.core.errors import OpenM6Error, Refusal, UsageError
+from openm6.core.errors import DataError, OpenM6Error, Refusal, UsageError
+from openm6.core.images import open_image
 from openm6.hub.catalogue import Catalogue, Version
 from openm6.hub.jobs import Jobs
 from openm6.inference.edit import Cut
@@ -144,6 +146,27 @@ class PageContext:
             return self.catalogue.every(kind)
         except OpenM6Error:
             return []
+
+    # What visitors give
+
+    def number(self, text: str | None) -> int | float | None:
+        """The number in a field, None for an empty one. Raises PageError for anything else."""
+        text = (text or "").strip()
+        try:
+            return None if not text else int(text) if text.isdecimal() else float(text)
+        except ValueError:
+            raise self.error("An option has to be a number, not {text}.", text=shortened(text, 20)) from None
+
+    def picture(self, path: str, param: str | None = None) -> str:
+        """An uploaded picture's file as base64. Raises PageError for a file that is no picture."""
+        try:
+            open_image(path)
+        except DataError:
+            raise self.error(
+                "This file cannot be read as a picture: use a JPEG, PNG, WebP or TIFF file of at most 32 MiB.",
+                param=param,
+            ) from None
+        return base64.b64encode(Path(path).read_bytes()).decode()
 
     # Errors
 

@@ -6,14 +6,12 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image, ImageDraw
 
-from openm6.console.context import PageContext, note, plain, shortened
-from openm6.core.errors import DataError
+from openm6.console.context import PageContext, note, plain
 from openm6.core.files import lines_of
 from openm6.core.images import open_image
 from openm6.serve.server import TaskRequest
@@ -118,7 +116,8 @@ class Form:
             slot: self._given(slot, kind, value) for (slot, kind), value in zip(self.slots.items(), fields, strict=True)
         }
         names = [name for name, _ in OPTIONS.get(self.about["kind"], ())]
-        decoding = {name: self._number(value) for name, value in zip(names, options, strict=True) if value}
+        numbers = zip(names, map(self.ui.number, options), strict=True)
+        decoding = {name: number for name, number in numbers if number is not None}
         try:
             records = [json.loads(line) for line in lines_of(examples or "")]
             return TaskRequest(
@@ -128,23 +127,8 @@ class Form:
         except (ValueError, RecursionError):
             raise self.ui.error("Each example is one JSON object on its own line.") from None
 
-    def _number(self, text: str) -> int | float:
-        try:
-            return int(text) if text.strip().isdecimal() else float(text)
-        except ValueError:
-            raise self.ui.error("An option has to be a number, not {text}.", text=shortened(text, 20)) from None
-
     def _given(self, slot: str, kind: str, value: Any) -> Any:
-        if kind != "image" or value is None:
-            return _given(kind, value)
-        try:
-            open_image(value)
-        except DataError:
-            raise self.ui.error(
-                "This file cannot be read as a picture: use a JPEG, PNG, WebP or TIFF file of at most 32 MiB.",
-                param=slot,
-            ) from None
-        return base64.b64encode(Path(value).read_bytes()).decode()
+        return self.ui.picture(value, slot) if kind == "image" and value is not None else _given(kind, value)
 
     def example(self) -> Any:
         """Example values of the fields; for a task with a picture, from a record of the built-in data."""

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 from gradio.themes.utils import colors
 
-from openm6.console import compare, data, deployments, jobs, models, play, review
+from openm6.console import chat, compare, data, deployments, jobs, models, play, review
 from openm6.console.context import PageContext
 
 STYLE = resources.files("openm6.console").joinpath("style.css").read_text("utf-8")
@@ -37,6 +37,7 @@ new MutationObserver(changes => {
 
 PAGES = (
     ("Try", "", play.page, "Choose a task and fill in the form; the answer is streamed."),
+    ("Chat", "chat", chat.page, "Converse with a model; the answer is streamed."),
     ("Compare", "compare", compare.page, "Run the same input through two models or adapters."),
     ("Data", "data", data.page, "Inspect data sets and their rejected records."),
     ("Fine-tune", "finetune", jobs.page, "Fine-tune a model on your own data."),

@@ -56,7 +56,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
         """Continue a conversation."""
         text, pictures = _conversation(asked.messages)
         usual, messages = LOOK if pictures else CHAT, _messages(asked.messages)
-        if _converses(server, asked):
+        if converses(server.fleet.get((asked.model or "").partition(":")[0] or None), asked.adapter):
             usual = CONVERSE
         chosen = _chosen(server, asked, request, usual, WRITTEN, text, pictures, messages)
         stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop
@@ -217,11 +217,10 @@ def _messages(messages: list[Message]) -> list[dict[str, Any]]:
     return [{"role": roles.get(one.role, one.role), "content": one.content} for one in messages]
 
 
-def _converses(server: Server, asked: ChatRequest) -> bool:
-    """Whether the model was trained on conversations."""
-    deployment = server.fleet.get((asked.model or "").partition(":")[0] or None)
+def converses(deployment: Deployment, adapter: str | None) -> bool:
+    """Whether the model, or this adapter of it, was trained on conversations."""
     told = deployment.about["tasks"].get(CONVERSE)
-    return told is not None and is_trained(told, asked.adapter)
+    return told is not None and is_trained(told, adapter)
 
 
 def _reasoning(found: Mapping[str, Any]) -> dict[str, str]:

@@ -95,7 +95,8 @@ def _opened(start: dict[str, Any], outbox: Any) -> Engine:
 
 def described(session: Session) -> dict[str, Any]:
     """The description of a model for the server: its own tasks and the library's with their inputs and outputs, its
-    adapters, its size, and whether a seed gives the same answer whatever else is in the batch."""
+    adapters, its size, whether it can reason before it answers, and whether a seed gives the same answer whatever else
+    is in the batch."""
     import torch
 
     from openm6.core.bases import base_of
@@ -109,7 +110,7 @@ def described(session: Session) -> dict[str, Any]:
     adapters = {name: session.adapter(name) for name in session.adapters}
     every = {**library, **{name: task for view in adapters.values() for name, task in view.tasks.items()}}
     every |= session.tasks
-    draws = session.processor.codec is not None
+    draws, chat = session.processor.codec is not None, session.processor.chat
     with session.precision():
         reproducible = is_reproducible(session.model)
     return {
@@ -130,6 +131,7 @@ def described(session: Session) -> dict[str, Any]:
         "codes": session.codec.side**2 if draws else 0, "picture": session.codec.size if draws else None,
         "image_encoder": image_encoder_id(base_of(session.path) or session.path) if session.path else "",
         "path": str(session.path), "threads": torch.get_num_threads(), "reproducible": reproducible,
+        "reasons": chat is not None and chat.reasons,
     }  # fmt: skip
 
 

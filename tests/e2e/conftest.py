@@ -23,7 +23,7 @@ from tests.e2e.test_serve import command
 from tests.processes import free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-PAGES = ("", "compare", "data", "finetune", "review", "models", "serving")
+PAGES = ("", "chat", "compare", "data", "finetune", "review", "models", "serving")
 QUIET = """() => new Promise(done => {
     let timer = setTimeout(done, 500);
     new MutationObserver(() => { clearTimeout(timer); timer = setTimeout(done, 500); })
