@@ -32,7 +32,7 @@ from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.tasks.library import get
 from openm6.tasks.processor import Processor
-from tests.conftest import YARN, ExactSession, tiny_config
+from tests.conftest import ExactSession, tiny_config
 from tests.tasks.conftest import picture, tokenizer
 
 __all__ = ["tokenizer"]
@@ -127,7 +127,7 @@ ASKED: dict[str, dict[str, Any]] = {
 def session(tokenizer: Tokenizer) -> Session:
     torch.manual_seed(1)
     config = tiny_config(vocab_size=tokenizer.vocab_size, image_embedder="stem", stem_widths=[8, 8, 16], qk_norm=True,
-                         num_key_value_heads=2, qkv_bias=True, rotary_scaling=YARN)  # fmt: skip
+                         num_key_value_heads=2)  # fmt: skip
     tasks = [get(name) for name in ASKED if name != "text_classification"]
     tasks.append(get("text_classification").with_labels({"label": ["好", "不好", "还行"]}))
     made = ExactSession(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 96), tasks)
