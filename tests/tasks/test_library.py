@@ -161,7 +161,7 @@ def test_a_causal_source_changes_the_blocks_of_the_source_alone(processor: Proce
     """Drafts of a sketch, and codes of a picture that are learned by masks, go on seeing each other both ways."""
     task = get(name)
     codec = PictureCodec(Codec(CodecConfig(image_size=16, widths=[8, 16], patch=2, levels=[4, 4], depth=1)))
-    both = replace(processor, max_length=512, codec=codec)
+    both = replace(processor, max_length=1024, codec=codec)
     shots = [] if task.draws or task.produces_no_tokens or task.sketch else [example(task)]
     for encode in (encode_prompt, lambda *x, **y: encode_example(*x, rng=np.random.default_rng(len(name)), **y)):
         one, other = (encode(task, example(task), way, shots=shots) for way in (both, replace(both, source="causal")))
