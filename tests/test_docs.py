@@ -196,7 +196,7 @@ def known() -> tuple[set[str], set[str], set[str]]:
 
 
 ELSEWHERE = {
-    "get_total_norm", "clip_grads_with_norm_", "--from-file", "--index-url", "ASK_KEY",
+    "get_total_norm", "clip_grads_with_norm_", "--from-file", "--index-url", "ASK_KEY", "apply_chat_template",
     "RENEW_DOCS", "label_predicted",
 }  # fmt: skip
 """Names of other programs, and names that users or the tests give. coming-from.md has many more, and is not checked."""

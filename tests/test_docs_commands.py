@@ -64,13 +64,13 @@ TAUGHT = ("vqa", "caption", "infilling", "text_to_image", "controlled_image", "r
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny models, untrained, by the names of the pages."""
     folder = tmp_path_factory.mktemp("models")
-    session = drawing_session(max_length=250, hidden_size=64)
+    session = drawing_session(max_length=400, hidden_size=64)
     tasks = [get_task(name) for name in TAUGHT]
     tasks.append(get_task("text_classification").with_labels({"label": ["好评", "差评"]}))
     Session(session.model, session.processor, tasks).save(folder / "model")
     for name in NAMES:
         shutil.copytree(folder / "model", folder / "runs" / name / "model")
-    large = drawing_session(max_length=250, hidden_size=64, num_hidden_layers=7, intermediate_size=720)
+    large = drawing_session(max_length=400, hidden_size=64, num_hidden_layers=7, intermediate_size=720)
     large.save(folder / "runs/large/model")
     return folder
 
@@ -366,7 +366,7 @@ def _mistakes() -> None:
     Path("broken.jsonl").write_text("\n".join(lines * 2) + "\n", "utf-8")
     command("train", "goods.yaml", *SMALL, *TINY)
     Path("big5.csv").write_bytes("text,label\n裙子很輕,好評\n".encode("big5") * 3)
-    reader = drawing_session(max_length=250)
+    reader = drawing_session(max_length=400)
     Session(reader.model, replace(reader.processor, codec=None), reader.tasks.values()).save(Path("runs/reader/model"))
 
 

@@ -59,5 +59,5 @@ def test_their_planned_bytes_are_those_that_they_take() -> None:
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(BESIDE)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "4 passed" in done.stdout
+    assert "5 passed" in done.stdout
     assert "skipped" not in done.stdout

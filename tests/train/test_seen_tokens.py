@@ -24,6 +24,8 @@ from openm6.train.trainer import train
 from tests.train.conftest import SIZES, PowerCutError, cut_at, losses, tiny_recipe
 
 ROWS = "base_model.model.embed.token_adapter.trainable_tokens_delta"
+TASK = "[text:text] 这段文字属于哪一类? -> [label:label]"
+"""Without the classes, whose new words would be in every prompt."""
 KNOWN, NEW = "红黄蓝绿", "鱼鸟马牛"
 
 
@@ -37,7 +39,7 @@ def written(folder: Path, words: str) -> str:
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    data = [{"source": written(folder, KNOWN), "task": "text_classification"}]
+    data = [{"source": written(folder, KNOWN), "task": TASK}]
     sizes = {**SIZES, "tie_word_embeddings": request.param, "image_embedder": "none"}
     recipe = tiny_recipe(
         folder / "run", data=data, model={"preset": "demo", "sizes": sizes}, steps=60, learning_rate=1e-2,
@@ -49,7 +51,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def adapting(base: Path, output: Path, words: str, method: str = "lora", **changes: Any) -> Any:
     output.parent.mkdir(parents=True, exist_ok=True)
-    data = [{"source": written(output.parent, words), "task": "text_classification"}]
+    data = [{"source": written(output.parent, words), "task": TASK}]
     settings = {"learning_rate": 2e-2, "steps": 120, "checkpoint_every": 60, **changes}
     return tiny_recipe(output, model={"path": str(base)}, adapt={"method": method, "rank": 4}, data=data, **settings)
 
@@ -66,7 +68,7 @@ def ids_of(session: Session, words: str) -> set[int]:
 
 def state(session: Session, word: str) -> torch.Tensor:
     """Logits at the beginning of the answer."""
-    prompt = session.prompt(session.task("text_classification"), {"text": f"一{word}二"})
+    prompt = session.prompt(session.task(TASK), {"text": f"一{word}二"})
     with torch.inference_mode(), session.precision(), torch.autocast("cpu", enabled=False):
         found, _ = prefill(session.model, pad([prompt], 0), len(prompt) + 4)
         return session.model.logits(found)[0]
@@ -81,7 +83,7 @@ def test_a_model_says_what_it_has_met_in_training(base: Path, adapter: Path, tmp
     assert read_seen_tokens(adapter) == taught | ids_of(session, NEW)
     quantize_model(adapter, tmp_path / "few", 8)
     assert read_seen_tokens(tmp_path / "few") == read_seen_tokens(adapter)
-    data = [{"source": written(tmp_path, NEW), "task": "text_classification"}]
+    data = [{"source": written(tmp_path, NEW), "task": TASK}]
     more = tiny_recipe(tmp_path / "more", data=data, model={"path": str(base)}, steps=4, checkpoint_every=2)
     with pytest.raises(PowerCutError):
         train(more, cut_at(3))
@@ -93,7 +95,7 @@ def test_words_that_are_new_to_the_model_are_learned_by_lora(base: Path, adapter
     told = losses(adapter.parent)
     assert told[max(told)] < 0.2 * told[1]
     session = Session.load(adapter, "cpu")
-    assert sum(session.run("text_classification", text=f"一{word}二") == word for word in NEW) >= 3
+    assert sum(session.run(TASK, text=f"一{word}二") == word for word in NEW) >= 3
     weights = load_file(adapter / "adapter_model.safetensors")
     rows = sorted(ids_of(session, NEW))
     before, after = (Session.load(path, "cpu", trainable=True).model for path in (base, adapter))
