@@ -72,7 +72,10 @@ def send(page: Any, text: str) -> None:
 
 
 def messages(page: Any) -> list[str]:
-    return [one.strip() for one in page.locator("#conversation :is([data-testid=user], [data-testid=bot])").all_inner_texts()]
+    return [
+        one.strip()
+        for one in page.locator("#conversation :is([data-testid=user], [data-testid=bot])").all_inner_texts()
+    ]
 
 
 def answered(page: Any) -> None:
