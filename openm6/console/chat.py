@@ -54,10 +54,44 @@ class Conversation:
             found.append({"role": turn.role, "content": content, **more})
         return found
 
+    def shown(self, ui: PageContext, is_running: bool = False) -> list[dict[str, Any]]:
+        """For gr.Chatbot, which takes a text for HTML even without Markdown."""
+        found: list[dict[str, Any]] = []
+        for turn in self.turns:
+            said, thought = (
+                [{"type": "text", "text": html.escape(text, quote=False)}] if text else []
+                for text in (turn.text, turn.reasoning)
+            )
+            if thought:
+                status = "pending" if is_running and not said else "done"
+                about = {"title": ui.say("Reasoning"), "status": status}
+                found.append({"role": turn.role, "content": thought, "metadata": about})
+            found.append({"role": turn.role, "content": [*({"path": path} for path in turn.pictures), *said]})
+        return found
+
     def unanswered(self) -> Conversation:
         """The conversation without its last answer."""
         turns = self.turns[:-1] if self.turns and self.turns[-1].role == "assistant" else self.turns
         return Conversation(turns, self.system, self.fields)
+
+    def copied(self, ui: PageContext, form: str, url: str) -> str:
+        """The conversation as a line of data, or the request of its last answer."""
+        if form == "jsonl":
+            return dumps({"messages": self.messages(ui, has_reasoning=True)})
+        body = {**self.fields, "messages": self.unanswered().messages(ui)}
+        if form == "curl":
+            key = ' -H "Authorization: Bearer $M6_KEY"' if ui.server.keys else ""
+            address = shlex.quote(f"{url}/chat/completions")
+            return f"curl {address} -H 'Content-Type: application/json'{key} -d @- <<'END'\n{dumps(body)}\nEND"
+        ours = {name: body.pop(name) for name in ("adapter", "enable_thinking") if name in body}
+        arguments = [f"{name}={value!r}" for name, value in body.items()] + [f"extra_body={ours!r}"] * bool(ours)
+        key = 'os.environ["M6_KEY"]' if ui.server.keys else '"none"'
+        return (
+            f"{'import os' * bool(ui.server.keys)}\nfrom openai import OpenAI\n\n"
+            f"client = OpenAI(base_url={url!r}, api_key={key})\n"
+            f"answer = client.chat.completions.create(\n    {', '.join(arguments)},\n)\n"
+            "print(answer.choices[0].message.content)\n"
+        ).lstrip()
 
 
 def page(ui: PageContext) -> None:
@@ -150,9 +184,9 @@ def page(ui: PageContext) -> None:
             talk.turns, talk.system = [*turns, answer], system.strip()
             talk.fields = {key: value for key, value in chosen.items() if value is not None}
             box = gr.skip() if is_again else None
-            yield [*ui.beside(wrong), box, _shown(ui, talk, True), "", gr.Accordion(open=False)]
+            yield [*ui.beside(wrong), box, talk.shown(ui, True), "", gr.Accordion(open=False)]
             async for caption in _written(ui, request, model, messages, chosen, talk, answer):
-                yield [gr.skip(), gr.skip(), _shown(ui, talk, not caption), caption, gr.skip()]
+                yield [gr.skip(), gr.skip(), talk.shown(ui, not caption), caption, gr.skip()]
             if not answer.text:
                 raise ui.error("The model wrote no answer: allow more tokens, or regenerate it.")
         except Exception as error:
@@ -160,24 +194,27 @@ def page(ui: PageContext) -> None:
             if talk.turns is not before.turns and not (answer.text or answer.reasoning):
                 vars(talk).update(vars(before))
                 back = gr.skip() if is_again else given
-            yield [*ui.beside(wrong, ui.unforeseen(error)), back, _shown(ui, talk), gr.skip(), gr.skip()]
+            yield [*ui.beside(wrong, ui.unforeseen(error)), back, talk.shown(ui), gr.skip(), gr.skip()]
 
     def copy(talk: Conversation, form: str, url: str) -> str:
-        return _copied(ui, talk, form, url) if talk.turns else ""
+        return talk.copied(ui, form, url) if talk.turns else ""
 
     def cleared(talk: Conversation) -> list[Any]:
         talk.turns = []
-        return [[], "", gr.Accordion(open=False)]
+        return [*ui.beside(wrong), [], "", gr.Accordion(open=False)]
 
     ui.on(None, models, outputs=[first, whole, who, others])
     ui.on(who.change, adapted, [who], [box, temperature, length, thinking], show_progress="hidden")
     options, seen = [system, temperature, length, thinking], [shown, line, section]
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     asked = gr.on(
         [box.submit, again.click], ask, [box, talk, who, *options], [*wrong.values(), box, *seen],
-        api_visibility="private", show_progress="hidden", concurrency_limit=None,
+        concurrency_limit=None, **quiet,
     )  # fmt: skip
-    ui.on(stop.click, lambda talk: _shown(ui, talk), [talk], [shown], wrong, cancels=[asked])
-    ui.on(clear.click, cleared, [talk], seen, wrong, cancels=[asked])
+    stop.click(None, cancels=[asked], **quiet).then(lambda talk: talk.shown(ui), talk, shown, **quiet)
+    gr.on([clear.click, shown.clear], None, cancels=[asked], **quiet).then(
+        cleared, talk, [*wrong.values(), *seen], **quiet
+    )
     ui.on([section.expand, form.change], copy, [talk, form, base], [copied], wrong, js=HERE)
 
 
@@ -222,37 +259,3 @@ def _picture(ui: PageContext, path: str) -> dict[str, Any]:
         raise ui.error("A picture of this conversation was deleted after an hour: clear the conversation.")
     kind = mimetypes.guess_type(path)[0] or "image/jpeg"
     return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{ui.picture(path)}"}}
-
-
-def _shown(ui: PageContext, talk: Conversation, is_running: bool = False) -> list[dict[str, Any]]:
-    """The conversation for gr.Chatbot, which takes a text for HTML even without Markdown."""
-    found: list[dict[str, Any]] = []
-    for turn in talk.turns:
-        text = [{"type": "text", "text": html.escape(turn.text, quote=False)}] if turn.text else []
-        if turn.reasoning:
-            pending = is_running and not turn.text
-            about = {"title": ui.say("Reasoning"), "status": "pending" if pending else "done"}
-            thought = {"type": "text", "text": html.escape(turn.reasoning, quote=False)}
-            found.append({"role": turn.role, "content": [thought], "metadata": about})
-        found.append({"role": turn.role, "content": [*({"path": path} for path in turn.pictures), *text]})
-    return found
-
-
-def _copied(ui: PageContext, talk: Conversation, form: str, url: str) -> str:
-    """The conversation as a line of data, or the request of its last answer."""
-    if form == "jsonl":
-        return dumps({"messages": talk.messages(ui, has_reasoning=True)})
-    body = {**talk.fields, "messages": talk.unanswered().messages(ui)}
-    if form == "curl":
-        key = ' -H "Authorization: Bearer $M6_KEY"' if ui.server.keys else ""
-        address = shlex.quote(f"{url}/chat/completions")
-        return f"curl {address} -H 'Content-Type: application/json'{key} -d @- <<'END'\n{dumps(body)}\nEND"
-    ours = {name: body.pop(name) for name in ("adapter", "enable_thinking") if name in body}
-    arguments = [f"{name}={value!r}" for name, value in body.items()] + [f"extra_body={ours!r}"] * bool(ours)
-    key = 'os.environ["M6_KEY"]' if ui.server.keys else '"none"'
-    return (
-        f"{'import os' * bool(ui.server.keys)}\nfrom openai import OpenAI\n\n"
-        f"client = OpenAI(base_url={url!r}, api_key={key})\n"
-        f"answer = client.chat.completions.create(\n    {', '.join(arguments)},\n)\n"
-        "print(answer.choices[0].message.content)\n"
-    ).lstrip()
