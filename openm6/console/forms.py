@@ -59,11 +59,15 @@ class Form:
         }  # fmt: skip
         with gr.Accordion(say("Options"), open=False):
             with gr.Row():
+                # Without `interactive` a field with a value that is made when its section is opened takes no input.
                 self.options = [  # not gr.Number, which turns an empty field into 0
-                    gr.Textbox(_text(about["decode"].get(option, default)), label=labels[option], min_width=110)
+                    gr.Textbox(
+                        _text(about["decode"].get(option, default)), label=labels[option], min_width=110,
+                        interactive=True,
+                    )
                     for option, default in defaults
-                ]
-                self.count = gr.Slider(1, 16, 4, step=1, label=say("Pictures"), visible=self.draws)
+                ]  # fmt: skip
+                self.count = gr.Slider(1, 16, 4, step=1, label=say("Pictures"), visible=self.draws, interactive=True)
             text = say("Few-shot examples with answers, one JSON object per line")
             self.examples = gr.Textbox(label=text, lines=2, visible=about["kind"] == "text")
             gr.Textbox(about["instructions"][0], label=say("Instruction"), interactive=False, lines=2, max_lines=2)

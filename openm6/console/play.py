@@ -19,6 +19,10 @@ from openm6.serve.incoming import cut_for
 LOOK = "() => document.getElementById('answer')?.scrollIntoView({block: 'nearest', behavior: 'smooth'})"
 """Script that scrolls to the answer, which may be below the screen on a phone, when it begins and when it ends."""
 
+LEAVE = "() => document.getElementById('stop')?.click()"
+"""Script that stops the answer of a form that is left: it would run on unseen, and later answers would wait for it. A
+form cannot cancel it at events of components outside of itself."""
+
 
 def page(ui: PageContext) -> None:
     say = ui.say
@@ -26,6 +30,7 @@ def page(ui: PageContext) -> None:
         who = gr.Dropdown(label=say("Model"), scale=1, min_width=120, interactive=True, elem_id="who")
         task = gr.Dropdown(label=say("Task"), scale=2, min_width=160, interactive=True, elem_id="task")
     fill_choices(ui, who, task)
+    gr.on([task.change, who.change], None, None, None, js=LEAVE, api_visibility="private")
 
     @gr.render(inputs=[who, task], triggers=[task.change, who.change], show_progress="hidden")
     def form(model: str | None, name: str | None) -> None:

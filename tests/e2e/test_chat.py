@@ -15,7 +15,7 @@ import pytest
 from openm6.compress.convert import import_model
 from openm6.inference.session import Session
 from tests.conftest import drawing_session
-from tests.e2e.conftest import CHROMIUM, EVIL, Site, choose, leave, serving
+from tests.e2e.conftest import CHROMIUM, EVIL, TITLES, Site, choose, leave, open_options, serving
 from tests.hub.test_jobs import until
 from tests.tasks.conftest import picture
 from tests.weights.test_chat_files import checkpoint
@@ -213,4 +213,26 @@ def test_models_without_the_task_are_not_offered(chats: Site, opened: Any) -> No
     assert opened.get_by_role("option").count() == 2
     page = chats.open("zh/chat")
     page.get_by_text("goods 未训练过对话任务").wait_for()
+    page.close()
+
+
+def test_an_answer_whose_form_is_left_is_stopped(chats: Site) -> None:
+    """Of the page Try: it would run on unseen for as long as it takes, and later answers would wait for it."""
+    page = chats.open("en/")
+    page.locator("#ask").wait_for()
+    choose(page, "Task", TITLES["text_continuation"])
+    page.locator("#form-text_continuation").wait_for()
+    open_options(page)
+    page.get_by_label("Max tokens", exact=True).fill("1900")
+    page.get_by_label("Beam width", exact=True).fill("8")  # which takes half a minute
+    page.get_by_role("textbox", name="Text", exact=True).fill("the cat")
+
+    def running() -> bool:
+        figures = httpx2.get(f"{chats.url}/metrics").text
+        return 'openm6_running{model="sees"} 1' in figures
+
+    page.locator("#ask").click()
+    until(running, seconds=10)
+    choose(page, "Task", "Summarize a text")
+    until(lambda: not running(), seconds=4)
     page.close()

@@ -135,6 +135,15 @@ def test_pictures_are_drawn_and_drawn_anew_in_part(trying: Callable[[str], Any],
     assert 0 < changed.mean() < 0.1 and changed[240, 320]
 
 
+def test_options_with_a_default_are_changed(trying: Callable[[str], Any]) -> None:
+    page = trying("text_continuation")
+    page.get_by_role("textbox", name="Text", exact=True).fill("红色的")
+    open_options(page)
+    page.get_by_label("Max tokens", exact=True).fill("3")
+    page.locator("#ask").click()
+    page.get_by_text("3 tokens in").wait_for()
+
+
 def test_what_cannot_be_asked_is_told(trying: Callable[[str], Any]) -> None:
     page = trying("vqa")
     page.get_by_role("textbox", name="Question", exact=True).fill("这是什么？")
