@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import gradio as gr
@@ -108,8 +109,7 @@ class Form:
                 rows or [[""] * len(headers)], headers=headers, label=label, type="array", interactive=True,
                 column_count=len(headers),
             )  # fmt: skip
-        shown = _filled(kind, example) if kind == "choices" else _text(example)
-        return gr.Textbox(label=label, lines=1, max_lines=8, placeholder=shown)
+        return gr.Textbox(label=label, lines=1, max_lines=8, placeholder=_filled(kind, example) or "")
 
     def request(self, values: Sequence[Any]) -> TaskRequest:
         """The request for these values of `inputs`. Raises PageError."""
@@ -242,6 +242,11 @@ def _given(kind: str, value: Any) -> Any:
     """A field's value as the API takes it; None for an empty field."""
     if value is None or (isinstance(value, str) and not value):
         return None
+    if kind == "messages":  # JSON of a conversation, or its only message
+        with suppress(ValueError, RecursionError):
+            if isinstance(found := json.loads(value), list):
+                return found
+        return [{"role": "user", "content": value}]
     if kind == "triples":
         return [row for row in value if any(row)] or None
     if kind == "table":  # rows with names of columns, or names with values
@@ -262,6 +267,8 @@ def _filled(kind: str, value: Any) -> Any:
         return _text(value)
     if kind == "choices":
         return ",".join(value or ())
+    if kind == "messages":
+        return plain(value)
     if isinstance(value, dict):
         return [list(row) for row in value.items()]
     if kind == "table" and isinstance(value, list):

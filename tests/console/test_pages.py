@@ -152,6 +152,19 @@ def test_examples_are_lines_of_json(tmp_path: Path) -> None:
             form.request([rows, "有吗", "", "", *options, 1, wrong])
 
 
+def test_a_conversation_is_json_or_its_only_message(tmp_path: Path) -> None:
+    ui = PageContext(served(tmp_path)[1], "en")
+    with gr.Blocks():
+        form = Form(ui, "chat", told("chat"))
+    for text, expected in (
+        (form.example(), get("chat").example["messages"]),
+        ("[not json", [{"role": "user", "content": "[not json"}]),
+        ("5", [{"role": "user", "content": "5"}]),
+    ):
+        asked = form.request([text, *(option.value for option in form.options), 1, ""])
+        assert asked.inputs == {"messages": expected}
+
+
 def test_options_that_are_left_out_are_not_sent(tmp_path: Path) -> None:
     ui, task = PageContext(served(tmp_path)[1], "en"), told("text_to_image")
     with gr.Blocks():
