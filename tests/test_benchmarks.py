@@ -38,8 +38,10 @@ NOT_RUN = {
     "cascade": "A round of learning takes 50 answers of a served cloud, three parts take two rounds: minutes.",
     "compress": "It measures eighteen models, each in a process of its own: minutes.",
     "distill": "Students are trained in processes of their own, on the whole catalogue: minutes.",
+    "open_finetune": "SmolLM2's weights are downloaded, and it trains for a quarter of an hour.",
     "quantize": "torchao is kept beside the environment, and compiling its kernels takes minutes.",
     "retrieval": "The generated shop has one size, 4,000 goods that three models have to see: minutes.",
+    "zero_shot": "SmolLM2's weights are downloaded (tests/real asks it).",
     "start": "It starts every command several times, a server with its console among them: minutes.",
 }
 """Benchmarks whose `run` is not tried here, each with the reason; their committed results are shown above."""

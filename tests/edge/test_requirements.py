@@ -23,6 +23,7 @@ UNUSED = {
     "cryptography": "for an edge device that encrypts what it keeps, which says so where it is missing",
     "safetensors": "for writing models",
     "sacrebleu": "for measuring",
+    "transformers": "for its sandbox of chat templates; Jinja's own takes its place",
 }  # fmt: skip
 """What the packed modules import inside of functions, and the program does without."""
 

@@ -24,8 +24,8 @@ from openm6.train.trainer import train
 from tests.train.conftest import SIZES, PowerCutError, cut_at, losses, tiny_recipe
 
 ROWS = "base_model.model.embed.token_adapter.trainable_tokens_delta"
-TASK = "[text:text] 这段文字属于哪一类? -> [label:label]"
-"""Without the classes, whose new words would be in every prompt."""
+TASK = "words"
+"""A task without its classes, whose new words would be in every prompt."""
 KNOWN, NEW = "红黄蓝绿", "鱼鸟马牛"
 
 
@@ -36,10 +36,15 @@ def written(folder: Path, words: str) -> str:
     return str(folder / f"{words}.jsonl")
 
 
+def task_file(folder: Path) -> str:
+    (folder / f"{TASK}.yaml").write_text("instruction: '[text:text] 这段文字属于哪一类? -> [label:label]'\n", "utf-8")
+    return str(folder / f"{TASK}.yaml")
+
+
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    data = [{"source": written(folder, KNOWN), "task": TASK}]
+    data = [{"source": written(folder, KNOWN), "task": task_file(folder)}]
     sizes = {**SIZES, "tie_word_embeddings": request.param, "image_embedder": "none"}
     recipe = tiny_recipe(
         folder / "run", data=data, model={"preset": "demo", "sizes": sizes}, steps=60, learning_rate=1e-2,
@@ -51,7 +56,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def adapting(base: Path, output: Path, words: str, method: str = "lora", **changes: Any) -> Any:
     output.parent.mkdir(parents=True, exist_ok=True)
-    data = [{"source": written(output.parent, words), "task": TASK}]
+    data = [{"source": written(output.parent, words), "task": task_file(output.parent)}]
     settings = {"learning_rate": 2e-2, "steps": 120, "checkpoint_every": 60, **changes}
     return tiny_recipe(output, model={"path": str(base)}, adapt={"method": method, "rank": 4}, data=data, **settings)
 
@@ -83,7 +88,7 @@ def test_a_model_says_what_it_has_met_in_training(base: Path, adapter: Path, tmp
     assert read_seen_tokens(adapter) == taught | ids_of(session, NEW)
     quantize_model(adapter, tmp_path / "few", 8)
     assert read_seen_tokens(tmp_path / "few") == read_seen_tokens(adapter)
-    data = [{"source": written(tmp_path, NEW), "task": TASK}]
+    data = [{"source": written(tmp_path, NEW), "task": task_file(tmp_path)}]
     more = tiny_recipe(tmp_path / "more", data=data, model={"path": str(base)}, steps=4, checkpoint_every=2)
     with pytest.raises(PowerCutError):
         train(more, cut_at(3))
