@@ -21,8 +21,8 @@ SIGNATURES = {
     "Task.from_instruction": "(text, name=None, labels=None)",
     "Task.schema": "(self)",
     "Client": "(url='http://127.0.0.1:8000', key=None, *, model=None, timeout=300.0, retries=6, allow_untrained=False)",
-    "Client.run": "(self, task, *, decoding=None, adapter=None, examples=(), truncate=None, system=None, thinking=None, "
-    "**slots)",
+    "Client.run": "(self, task, *, decoding=None, adapter=None, examples=(), truncate=None, system=None, "
+    "thinking=None, **slots)",
     "Client.draw": "(self, task, *, candidates=1, decoding=None, adapter=None, truncate=None, **slots)",
     "Client.run_many": "(self, task, records, *, decoding=None, adapter=None, at_once=16, truncate=None)",
     "Client.stream": "(self, task, *, decoding=None, adapter=None, truncate=None, **slots)",
