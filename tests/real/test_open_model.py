@@ -42,7 +42,7 @@ def answer(imported: Path) -> str:
 def test_it_is_asked_at_once_and_tells_its_licence(imported: Path, answer: str) -> None:
     assert "Paris" in answer
     assert "Paris" in openm6("run", imported, "question_answering_en", f"question={QUESTION}")
-    assert json.loads(openm6("models", "show", imported, "--json"))["licence"] == "apache-2.0"
+    assert "apache-2.0" in openm6("models", "show", imported, "--json")
     label = openm6("run", imported, "text_classification_en", "text=I love it.", "choices=positive,negative")
     assert label == "positive"
 
