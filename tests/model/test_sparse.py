@@ -106,6 +106,7 @@ def test_a_side_that_tiles_do_not_fill_is_named() -> None:
         SparsePattern(12)
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(
     patterns(), st.integers(1, 2), st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]), st.integers(0, 9), st.booleans(),

@@ -50,6 +50,7 @@ def stopping(output: Path, patience: int | None = 3, **changes: object) -> Recip
     return tiny_recipe(output, evaluation={"every": 1, "patience": patience, "data": data}, keep=1, **changes)
 
 
+@pytest.mark.slow
 def test_it_stops_and_keeps_the_best(tmp_path: Path, measured: dict) -> None:
     model = train(stopping(tmp_path))
     assert len(measured) == 5 and len(losses(tmp_path)) == 5  # the best was the second: three more came

@@ -82,6 +82,7 @@ def test_what_reading_is_told_is_in_the_recipe(base: Path) -> None:
         assert (section["format"], section["images"]) == ("?encoding=big5", "photos")
 
 
+@pytest.mark.slow
 def test_an_adapter_and_changes_of_the_recipe(base: Path, reviews: Path, tmp_path: Path) -> None:
     words = (
         "--task",
@@ -121,6 +122,7 @@ def test_noise_leaves_out_or_exchanges_characters(text: str, share: float, seed:
     assert share > 0 or found == text
 
 
+@pytest.mark.slow
 def test_so_many_characters_are_spoilt() -> None:
     text = "".join(chr(0x4E00 + n) for n in range(4000))
     found = noised(text, 0.2, np.random.default_rng(0))

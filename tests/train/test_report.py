@@ -46,6 +46,7 @@ def test_a_file_is_told_the_time_that_is_left(tmp_path: Path, capsys: pytest.Cap
     assert [line["step"] for line in logged(tmp_path) if "loss" in line] == [2, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_long_run_says_after_two_steps_how_long_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(PowerCutError):
         train(tiny_recipe(tmp_path / "long", steps=10_000_000, log_every=4), cut_at(4))

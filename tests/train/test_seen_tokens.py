@@ -124,12 +124,14 @@ def test_marks_that_it_has_not_met_have_rows_too(base: Path, tmp_path: Path) -> 
     assert tokenizer.mask_id in rows and tokenizer.table_id not in rows
 
 
+@pytest.mark.slow
 def test_peft_reads_the_rows(base: Path, adapter: Path) -> None:
     theirs = PeftModel.from_pretrained(load_model(base), adapter).merge_and_unload().state_dict()
     ours = Session.load(adapter, "cpu", trainable=True).model.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", [True, False])
 def test_beside_a_model_each_adapter_has_its_own_rows(
     base: Path, adapter: Path, tmp_path: Path, trainable: bool

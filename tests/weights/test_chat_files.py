@@ -144,8 +144,9 @@ def test_a_template_in_the_tokenizer_config_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused(
-    template: str, error: type[Exception], message: str, tmp_path: Path
+    template: str, error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("openm6.tasks.sandbox.SECONDS", 0.2)
     checkpoint(tmp_path / "theirs")
     (tmp_path / "theirs" / "chat_template.jinja").write_text(template)
     with pytest.raises(error, match=message):
