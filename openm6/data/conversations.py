@@ -1,4 +1,4 @@
-"""Conversations in records, in the usual layouts, which are told apart by their columns:
+"""Conversations in records, in the usual layouts, recognized by their columns:
 
     messages                                OpenAI: [{"role", "content"}], with `tools`
     conversations                           ShareGPT: [{"from": "human" | "gpt" | ..., "value"}], with `system`, `tools`
@@ -48,13 +48,6 @@ def conversation_key(record: Record) -> str | None:
     return next((first for first, last in _PAIRS if {first, last} <= record.keys()), None)
 
 
-def columns_of(key: str, columns: tuple[str, ...]) -> list[str]:
-    """The columns that belong to the conversation in the column `key`."""
-    more = dict(_PAIRS).get(key)
-    used = {key, *_PICTURES, "tools", "system"} | ({more, "input", "history"} if more else set())
-    return [column for column in columns if column in used]
-
-
 def conversation_of(record: Record, key: str) -> list[dict[str, Any]]:
     """The messages of a record, in the layout of OpenAI's API, pictures as parts of their contents. Raises DataError,
     with the number of the message, for one that cannot be read."""
@@ -78,7 +71,7 @@ class TurnRecords:
 
     def __init__(self, records: Records, key: str, turns: str):
         self._records, self._key, self._each = records, key, turns == "all"
-        self.columns, self.name = ("messages", "tools"), getattr(records, "name", "")
+        self.columns = ("messages", "tools")
         counts = (self._count(records[i]) for i in range(len(records))) if self._each else [1] * len(records)
         self._stops = list(accumulate(counts))
 
@@ -99,7 +92,7 @@ class TurnRecords:
     def _count(self, record: Record) -> int:
         try:
             answers = sum(message["role"] == "assistant" for message in conversation_of(record, self._key))
-        except DataError:  # told when the record is read
+        except DataError:  # reported when the record is read
             return 1
         return max(1, answers)
 

@@ -219,8 +219,8 @@ def _messages(messages: list[Message]) -> list[dict[str, Any]]:
 
 def converses(deployment: Deployment, adapter: str | None) -> bool:
     """Whether the model, or this adapter of it, was trained on conversations."""
-    told = deployment.about["tasks"].get(CONVERSE)
-    return told is not None and is_trained(told, adapter)
+    task = deployment.about["tasks"].get(CONVERSE)
+    return task is not None and is_trained(task, adapter)
 
 
 def _reasoning(found: Mapping[str, Any]) -> dict[str, str]:

@@ -69,16 +69,16 @@ def read_origin(path: Path) -> dict[str, str] | None:
 
 
 def read_chat(path: Path) -> ChatFormat | None:
-    """How the model of a directory is asked by its chat template; None for a model in OpenM6's own form."""
+    """The chat form of a model directory; None for a model in OpenM6's own form."""
     card = path / NAME
     content = _content(card)
-    kind, settings = content.get("prompt_format", "openm6"), dict(content.get("chat") or {})
+    kind = content.get("prompt_format", "openm6")
     if kind == "openm6":
         return None
     try:
         if kind == "chat":
-            return ChatFormat(load_template(path), **settings)
-    except TypeError as error:
+            return ChatFormat(load_template(path), **content["chat"])
+    except (KeyError, TypeError) as error:
         raise _damaged(card, error) from None
     raise OpenM6Error(f"{card} is damaged: its prompt_format is {kind!r}; there are openm6 and chat.")
 

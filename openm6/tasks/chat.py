@@ -99,7 +99,7 @@ class ChatFormat:
         for number, message in enumerate(shown):
             is_last = number == len(shown) - 1
             if message["role"] == "assistant" and (is_last or learn == "all"):
-                asked = [self.render(shown[:number], True, way, marks.tools) for way in (thinking, True)]
+                asked = (self.render(shown[:number], True, way, marks.tools) for way in (thinking, True))
                 start = next((len(one) for one in asked if whole.startswith(one)), None)
                 if start is None:
                     raise DataError(

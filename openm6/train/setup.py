@@ -185,7 +185,7 @@ def texts_of(task: Task, records: Records, columns: Mapping[str, str], limit: in
         record = records[index]
         for column, kind in used:
             if kind == "messages":
-                with suppress(DataError):  # told when the record is read
+                with suppress(DataError):  # reported when the record is read
                     yield from map(text_of, conversation_of(record, column))
                 continue
             texts = _strings(record.get(column))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from openm6.inference.session import Session
 from openm6.serve.server import Options
 from openm6.serve.wire import Place
 from tests.serve.test_api import Served
+from tests.serve.test_openai import part
 from tests.tasks.conftest import picture
 from tests.weights.test_chat_files import checkpoint
 
@@ -51,10 +51,6 @@ def alone(model: Path) -> Session:
 @pytest.fixture
 def client(served: Served) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
-
-
-def part(photo: bytes) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{base64.b64encode(photo).decode()}"}}
 
 
 def said(client: openai.OpenAI, messages: list[Any], **more: Any) -> str:

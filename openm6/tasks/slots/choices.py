@@ -18,9 +18,7 @@ def schema() -> dict[str, Any]:
 
 
 def source(value: Any, processor: Processor) -> Piece:
-    if processor.chat:
-        return spoken(_listed(value), processor)
-    return Piece(target(value, processor))
+    return spoken(_listed(value), processor)
 
 
 def target(value: Any, processor: Processor) -> Sequence[int]:

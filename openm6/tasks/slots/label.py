@@ -19,9 +19,7 @@ def normalize_label(text: str) -> str:
 
 
 def source(value: Any, processor: Processor) -> Piece:
-    if processor.chat:
-        return spoken(_label(value), processor)
-    return Piece(target(value, processor))
+    return spoken(_label(value), processor)
 
 
 def target(value: Any, processor: Processor) -> Sequence[int]:
